@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each message says what was wrong, where, and what to do about it."""
+
+
+class ReadJaxError(ValueError):
+    """Base of every error that bad input causes; the command line prints it without a traceback."""
+
+
+class ConfigError(ReadJaxError):
+    """A configuration holds an unknown key, a value of the wrong type, or values that disagree."""
+
+
+class ImageError(ReadJaxError):
+    """A picture cannot be decoded, or is too large to be decoded safely."""
+
+
+class PromptError(ReadJaxError):
+    """A question or conversation cannot be put to the model."""
+
+
+class CheckpointError(ReadJaxError):
+    """A checkpoint or model folder is missing, incomplete, corrupt or not of a known layout."""

@@ -1,0 +1,122 @@
+"""What `read-jax segment` leaves in its output folder: pictures to look at and one `result.json`.
+
+Per image and prompt:
+
+    NAME_mask.png        0 / 255 at the original size; the union when the answer has several [SEG]
+    NAME_mask1.png ...   each of them alone, when there are several
+    NAME_overlay.png     the masks over the picture
+    NAME_similarity.png  the similarity map of the first [SEG], with its points
+
+Every file appears whole or not at all, and `result.json` lists exactly what is there: a run that is
+stopped leaves the answers it had finished.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from read_jax.images.drawing import draw_overlay, draw_similarity
+from read_jax.images.masks import mask_to_rle
+from read_jax.inference.segmenter import Segmentation
+
+
+class ResultFolder:
+    """Writes results into a folder; a context that takes the folder away again if nothing was finished.
+
+    Args:
+        folder: made when absent; files of the same names are replaced.
+        header: what `result.json` says of the whole run (model, settings).
+    """
+
+    def __init__(self, folder: str | Path, header: Mapping[str, Any]):
+        self.folder = Path(folder)
+        self._header = dict(header)
+        self._results: list[dict[str, Any]] = []
+        self._names: set[str] = set()
+        self._made: list[Path] = []
+
+    def __enter__(self) -> ResultFolder:
+        missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._made = missing
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None or self._results:
+            return
+        for path in self._made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    def add(self, source: str, prompt: str, image: np.ndarray, result: Segmentation) -> dict[str, Any]:
+        """Write the pictures of one answer and add it to `result.json`; returns its entry."""
+        name = self._name(source)
+        height, width = image.shape[:2]
+        union = result.masks.any(axis=0) if len(result.masks) else np.zeros((height, width), bool)
+        pictures = {"mask": _mask_picture(union), "overlay": draw_overlay(image, result.masks)}
+        if len(result.masks) > 1:
+            pictures |= {f"mask{i + 1}": _mask_picture(mask) for i, mask in enumerate(result.masks)}
+        if len(result.similarity):
+            pictures["similarity"] = draw_similarity(
+                image, result.similarity[0], result.points[0], result.point_labels[0]
+            )
+        entry = {
+            "image": source,
+            "prompt": prompt,
+            "text": result.text,
+            "present": result.present,
+            "size": [height, width],
+            "masks": [mask_to_rle(mask) for mask in result.masks],
+            "points": result.points.tolist(),
+            "point_labels": result.point_labels.tolist(),
+            "iou": result.iou.tolist(),
+            "timings": {key: round(value, 4) for key, value in result.timings.items()},
+            "files": {kind: f"{name}_{kind}.png" for kind in pictures},
+        }
+        written: list[Path] = []
+        try:
+            for kind, picture in pictures.items():
+                buffer = io.BytesIO()
+                Image.fromarray(picture).save(buffer, format="PNG")
+                written.append(self.folder / f"{name}_{kind}.png")
+                _write(written[-1], buffer.getvalue())
+            document = self._header | {"results": [*self._results, entry]}
+            _write(self.folder / "result.json", (json.dumps(document, indent=1) + "\n").encode())
+        except BaseException:
+            for path in written:  # not listed in result.json, so it must not stay
+                path.unlink(missing_ok=True)
+            raise
+        self._results.append(entry)
+        return entry
+
+    def _name(self, source: str) -> str:
+        stem, number = Path(source).stem, 1
+        while (name := f"{stem}_{number}") in self._names:
+            number += 1
+        self._names.add(name)
+        return name
+
+
+def _mask_picture(mask: np.ndarray) -> np.ndarray:
+    return mask.astype(np.uint8) * 255
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace a file in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

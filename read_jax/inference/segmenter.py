@@ -1,0 +1,375 @@
+"""`load` a model folder and ask it questions about pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from read_jax.config import ReadConfig
+from read_jax.errors import CheckpointError, PromptError
+from read_jax.geometry import ImageGeometry, image_geometry, stack_geometries
+from read_jax.images.decode import read_image
+from read_jax.images.preprocess import clip_crop, sam_resize
+from read_jax.inference.programs import Programs, bucket
+from read_jax.inference.tracing import trace_answer
+from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
+from read_jax.text.conversation import Template, check_question, get_template, open_prompt
+from read_jax.text.targets import expand_image_placeholder
+from read_jax.text.tokenizer import Tokenizer
+from read_jax.weights.checkpoint import load_config, load_params
+
+Image = Any
+"""A path, encoded bytes, a PIL image, or a uint8 array [h, w, 3]."""
+
+DEFAULT_TEMPLATE = "llava_v1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """The answer to one question about one picture; M masks, one per [SEG] in the text.
+
+    Attributes:
+        text: the answer, [SEG] included.
+        present: whether something was segmented: False without [SEG], and when every mask is empty.
+        masks: bool [M, h, w] at the original size.
+        points: float32 [M, P, 2], (x, y) in original pixels; P is 0 when SasP is off.
+        point_labels: int32 [M, P], 1 foreground, 0 background, -1 neutral.
+        similarity: float32 [M, N], dot product of the [SEG] state with every image token, raster
+            order over the central square of the picture.
+        iou: float32 [M], SAM's own estimate of each mask's quality.
+        output_ids: int32 [n], the generated tokens, end token included.
+        timings: seconds per stage of the batch this question was answered in.
+    """
+
+    text: str
+    present: bool
+    masks: np.ndarray
+    points: np.ndarray
+    point_labels: np.ndarray
+    similarity: np.ndarray
+    iou: np.ndarray
+    output_ids: np.ndarray
+    timings: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedImage:
+    """A decoded picture in the forms the encoders take."""
+
+    clip_pixels: np.ndarray  # uint8 [336, 336, 3]
+    sam_pixels: np.ndarray  # uint8 [1024, 1024, 3]
+    geometry: ImageGeometry
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt's tokens, cut where the part shared by all questions about an image ends."""
+
+    prefix: np.ndarray  # int32 [S], image positions hold the placeholder
+    question: np.ndarray  # int32 [T]
+    image_start: int
+
+
+def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
+    """Load a model folder made by `read-jax convert`.
+
+    Args:
+        model_dir: the folder.
+        dtype: "float32" or "bfloat16" to compute and keep weights in; None: as stored.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete or corrupt.
+    """
+    config = load_config(model_dir)
+    tree = load_params(model_dir, dtype=dtype)
+    leaves = {".".join(path): leaf for path, leaf in _flatten(tree)}
+    kind = next(iter(leaves.values())).dtype
+    model = nnx.eval_shape(lambda: Read(config, dtype=kind, param_dtype=kind, rngs=nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(model)
+    flat = {}
+    for path, variable in nnx.to_flat_state(abstract):
+        name = ".".join(map(str, path))
+        leaf = leaves.pop(name, None)
+        if leaf is None or leaf.shape != variable.shape:
+            found = "missing" if leaf is None else f"of shape {leaf.shape}"
+            raise CheckpointError(
+                f"{model_dir}: parameter {name} is {found}, expected {variable.shape}; convert the model again."
+            )
+        flat[path] = variable.replace(leaf)
+    if leaves:
+        raise CheckpointError(f"{model_dir}: parameters the model does not know: {', '.join(sorted(leaves)[:5])}.")
+    tokenizer = Tokenizer.load(Path(model_dir) / "upstream")
+    return Segmenter(config, graphdef, nnx.from_flat_state(flat), tokenizer)
+
+
+def _flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if not isinstance(tree, Mapping):
+        return [(path, tree)]
+    return [leaf for key, branch in tree.items() for leaf in _flatten(branch, (*path, str(key)))]
+
+
+class Segmenter:
+    """Answers questions about pictures with text, masks and points.
+
+    Encoders and prefix run once per image however many questions are asked about it in a batch.
+
+    Args:
+        config: the architecture.
+        graphdef, params: `nnx.split` of a `Read`.
+        tokenizer: with [SEG] among its tokens.
+        images_per_batch: pictures that go through the device together.
+    """
+
+    def __init__(
+        self,
+        config: ReadConfig,
+        graphdef: Any,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        images_per_batch: int | None = None,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.images_per_batch = images_per_batch or (1 if jax.default_backend() == "cpu" else 8)
+        self.seg_id = tokenizer.seg_id
+        exact = jax.tree.leaves(params)[0].dtype == jnp.float32
+        self.programs = Programs(graphdef, params, end_id=tokenizer.eos_id, exact=exact)
+
+    def segment(
+        self,
+        image: Image,
+        prompt: str,
+        conversation: str = DEFAULT_TEMPLATE,
+        max_new_tokens: int = 512,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Segmentation:
+        """Ask one question; see `segment_batch`."""
+        return self.segment_batch(
+            [(image, prompt)], conversation, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )[0]
+
+    def segment_batch(
+        self,
+        requests: Sequence[tuple[Image, str]],
+        conversation: str = DEFAULT_TEMPLATE,
+        max_new_tokens: int = 512,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Segmentation]:
+        """Ask several questions; answers come in the order of the requests.
+
+        Args:
+            requests: (image, prompt) pairs. The prompt goes in verbatim after the picture. Questions
+                about the same picture (the same path or the same object) share its computation.
+            conversation: "llava_v1", "vicuna_v1" or "llava_llama_2", as the checkpoint was trained.
+            max_new_tokens: the longest answer; cut to the context that is left.
+            temperature: 0 for greedy decoding, else the softness of the sampling distribution.
+            top_p: sample among the likeliest tokens that together have this probability.
+            seed: of the sampling; a question's answer does not depend on the rest of its batch.
+
+        Raises:
+            PromptError: an empty prompt, one with control tokens, or one beyond the context length.
+            ImageError: a picture that cannot be decoded.
+        """
+        _check_sampling(max_new_tokens, temperature, top_p)
+        template = get_template(conversation)
+        prompts = [self.prepare_prompt(prompt, template) for _, prompt in requests]
+        groups: dict[Any, list[int]] = {}
+        for index, (image, _) in enumerate(requests):
+            groups.setdefault(_identity(image), []).append(index)
+        results: dict[int, Segmentation] = {}
+        members = list(groups.values())
+        for first in range(0, len(members), self.images_per_batch):
+            chunk = members[first : first + self.images_per_batch]
+            images = [self.prepare_image(requests[group[0]][0]) for group in chunk]
+            sampling = (temperature, top_p, seed) if temperature else None
+            answers = self._answer(images, [[prompts[i] for i in g] for g in chunk], max_new_tokens, sampling)
+            results.update(zip([i for group in chunk for i in group], answers, strict=True))
+        return [results[index] for index in range(len(requests))]
+
+    def trace(
+        self, image: Image, prompt: str, answer: str | None = None, conversation: str = DEFAULT_TEMPLATE
+    ) -> dict[str, np.ndarray]:
+        """Every stage of the forward pass over one question and its answer, as host arrays.
+
+        With `answer` the model is teacher-forced (as in training and in the paper's validation);
+        without, it first generates. Names, shapes and frames: `read_jax.inference.tracing`.
+        """
+        return trace_answer(self, image, prompt, answer, conversation)
+
+    def prepare_image(self, image: Image) -> PreparedImage:
+        """Decode and resize a picture on the host; raises `ImageError`."""
+        pixels = read_image(image)
+        height, width = pixels.shape[:2]
+        clip, sam = self.config.clip, self.config.sam
+        geometry = image_geometry(height, width, self.config.sasp, clip.grid_size, sam.image_size)
+        return PreparedImage(clip_crop(pixels, clip.image_size), sam_resize(pixels, sam.image_size)[0], geometry)
+
+    def prepare_prompt(self, prompt: str, template: str | Template) -> PreparedPrompt:
+        """Tokens of an open prompt; raises `PromptError`."""
+        check_question(prompt, self.tokenizer)
+        text = open_prompt(prompt, template, self.config.use_im_start_end)
+        return self.split_prompt(self.tokenizer.encode(text))
+
+    def split_prompt(self, ids: Sequence[int]) -> PreparedPrompt:
+        """Expand the image placeholder and cut after the image; raises `PromptError` beyond the context."""
+        count = self.config.clip.num_image_tokens
+        expanded, start = expand_image_placeholder(ids, count)
+        context = self.config.llama.max_position_embeddings
+        if len(expanded) >= context:
+            raise PromptError(
+                f"the prompt is {len(expanded)} tokens long, {count} of them the picture, and leaves no room "
+                f"for an answer in the model's context of {context}; shorten the question."
+            )
+        stop = start + count + self.config.use_im_start_end
+        return PreparedPrompt(expanded[:stop], expanded[stop:], start)
+
+    def encode(self, images: Sequence[PreparedImage], prefix: PreparedPrompt) -> tuple[ImageFeatures, Prefix]:
+        """Encoders and shared prefix of a batch of images (padded to a bucket by repeating the last)."""
+        padded = [images[min(i, len(images) - 1)] for i in range(bucket(len(images)))]
+        features = self.programs.encode(
+            np.stack([image.clip_pixels for image in padded]),
+            np.stack([image.sam_pixels for image in padded]),
+            stack_geometries([image.geometry for image in padded]),
+        )
+        return features, self.programs.prefix(prefix.prefix, features.image_tokens, prefix.image_start)
+
+    def predict(
+        self,
+        states: jax.Array,
+        at: np.ndarray,
+        images: Sequence[PreparedImage],
+        features: ImageFeatures,
+        prefix: Prefix,
+        image_start: int,
+    ) -> MaskPrediction:
+        """Points and low-resolution masks of the [SEG] states at `at` [R, 3] (image, question, token)."""
+        padded = [images[min(i, len(images) - 1)].geometry for i in range(bucket(len(images)))]
+        return self.programs.predict(states, at, prefix, features, stack_geometries(padded), image_start)
+
+    def _answer(
+        self,
+        images: Sequence[PreparedImage],
+        prompts: Sequence[Sequence[PreparedPrompt]],
+        max_new_tokens: int,
+        sampling: tuple[float, float, int] | None,
+    ) -> list[Segmentation]:
+        """Answers to the questions about each of a batch of images, image by image."""
+        clock = _Clock()
+        first = prompts[0][0]
+        features, prefix = self.encode(images, first)
+        clock.lap("encode", prefix)
+
+        longest = max(len(prompt.question) for group in prompts for prompt in group)
+        shape = bucket(len(images)), bucket(max(map(len, prompts)))
+        ids = np.zeros((*shape, bucket(longest, 32)), np.int32)
+        lengths = np.zeros(shape, np.int32)
+        for b, group in enumerate(prompts):
+            for q, prompt in enumerate(group):
+                ids[b, q, : len(prompt.question)] = prompt.question
+                lengths[b, q] = len(prompt.question)
+        room = self.config.llama.max_position_embeddings - len(first.prefix) - longest
+        seeded = sampling and (*sampling[:2], np.full(shape, sampling[2], np.uint32))
+        generated = self.programs.generate(prefix, ids, lengths, min(max_new_tokens, room), seeded)
+        tokens, counts = np.asarray(generated.tokens), np.asarray(generated.counts)
+        clock.lap("generate", generated)
+
+        asked = [(b, q) for b, group in enumerate(prompts) for q in range(len(group))]
+        outputs = [tokens[b, q, : counts[b, q]] for b, q in asked]
+        at = [(b, q, n) for (b, q), out in zip(asked, outputs, strict=True) for n in np.flatnonzero(out == self.seg_id)]
+        fields = self._masks(np.asarray(at, np.int32).reshape(-1, 3), images, generated.states, features, prefix, first)
+        clock.lap("masks", None)
+
+        answers = []
+        row = 0
+        for (b, _), out in zip(asked, outputs, strict=True):
+            rows = slice(row, row + int(np.sum(out == self.seg_id)))
+            row = rows.stop
+            h, w = int(images[b].geometry.height), int(images[b].geometry.width)
+            masks = np.stack(fields["masks"][rows]) if fields["masks"][rows] else np.zeros((0, h, w), bool)
+            answers.append(
+                Segmentation(
+                    text=self.tokenizer.decode(out.tolist()),
+                    present=bool(masks.any()),
+                    masks=masks,
+                    points=fields["points"][rows],
+                    point_labels=fields["labels"][rows],
+                    similarity=fields["similarity"][rows],
+                    iou=fields["iou"][rows],
+                    output_ids=out,
+                    timings=clock.laps,
+                )
+            )
+        return answers
+
+    def _masks(
+        self,
+        at: np.ndarray,
+        images: Sequence[PreparedImage],
+        states: jax.Array,
+        features: ImageFeatures,
+        prefix: Prefix,
+        prompt: PreparedPrompt,
+    ) -> dict[str, Any]:
+        """Host arrays for the R [SEG] tokens at `at`; masks as a list, since sizes differ."""
+        if not len(at):
+            points = self.config.sasp.num_points if self.config.sasp.enabled else 0
+            return {
+                "masks": [],
+                "points": np.zeros((0, points, 2), np.float32),
+                "labels": np.zeros((0, points), np.int32),
+                "similarity": np.zeros((0, self.config.clip.num_image_tokens), np.float32),
+                "iou": np.zeros((0,), np.float32),
+            }
+        out = self.predict(states, at, images, features, prefix, prompt.image_start)
+        masks = [
+            self.programs.mask(out.low_res_masks[row], images[b].geometry) > 0 for row, (b, _, _) in enumerate(at)
+        ]
+        return {
+            "masks": masks,
+            "points": np.asarray(out.points.points)[: len(at)],
+            "labels": np.asarray(out.points.labels)[: len(at)],
+            "similarity": np.asarray(out.similarity)[: len(at)],
+            "iou": np.asarray(out.iou, np.float32)[: len(at)],
+        }
+
+
+class _Clock:
+    """Seconds between laps; a lap waits for the arrays it names."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, name: str, arrays: Any) -> None:
+        jax.block_until_ready(arrays)
+        now = time.perf_counter()
+        self.laps[name], self._since = now - self._since, now
+
+
+def _identity(image: Image) -> Any:
+    """Equal for requests about the same picture: equal paths or bytes, or the same object."""
+    return (type(image), image) if isinstance(image, str | Path | bytes) else (type(image), id(image))
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise PromptError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if not 0 <= temperature < float("inf"):
+        raise PromptError(f"temperature must be 0 (greedy) or a positive number, not {temperature}.")
+    if not 0 < top_p <= 1:
+        raise PromptError(f"top_p must be above 0 and at most 1, not {top_p}.")

@@ -1,0 +1,82 @@
+"""The one door through which every attention of the project goes.
+
+The implementation here is the plain one, in jax.numpy: the reference that any kernel must equal.
+Scores and softmax are float32 whatever the inputs are. Shapes: B batch, Q questions per image,
+T queries, S and C keys, H query heads, G key/value heads (H a multiple of G), K head size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def attention(
+    q: Array, k: Array, v: Array, *, mask: Array | None = None, scale: float | None = None
+) -> Array:
+    """Softmax attention with grouped-query heads.
+
+    Args:
+        q: [B, T, H, K] queries.
+        k: [B, S, G, K] keys.
+        v: [B, S, G, V] values; V may differ from K.
+        mask: bool, broadcastable to [B, H, T, S]; True where a query may look.
+        scale: factor on the scores, K ** -0.5 when None.
+
+    Returns:
+        [B, T, H, V] in the type of `v`.
+    """
+    scores = _scores(q, k, scale)  # [B, H, T, S]
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    return _weigh(jax.nn.softmax(scores, axis=-1), v)
+
+
+def prefix_attention(
+    q: Array, prefix_k: Array, prefix_v: Array, k: Array, v: Array, *, mask: Array
+) -> Array:
+    """Attention of several question rows to one shared prefix and to their own tokens.
+
+    Equal to attention over the concatenated keys, but the prefix is read once per image and never
+    copied per question.
+
+    Args:
+        q: [B, Q, T, H, K] queries.
+        prefix_k, prefix_v: [B, S, G, K], shared by the Q questions; every query sees all of it.
+        k, v: [B, Q, C, G, K] the questions' own keys and values.
+        mask: bool [B, Q, T, C]; True where a query may look among its own keys.
+
+    Returns:
+        [B, Q, T, H, K].
+    """
+    b, questions, t, h, size = q.shape
+    s = prefix_k.shape[1]
+    folded = q.reshape(b, questions * t, h, size)
+    prefix_scores = _scores(folded, prefix_k, None).reshape(b, h, questions, t, s)
+    prefix_scores = prefix_scores.swapaxes(1, 2)  # [B, Q, H, T, S]
+    own_scores = jax.vmap(_scores, in_axes=(0, 0, None))(q, k, None)  # [B, Q, H, T, C]
+    own_scores = jnp.where(mask[:, :, None], own_scores, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([prefix_scores, own_scores], axis=-1), axis=-1)
+    prefix_weights = weights[..., :s].swapaxes(1, 2).reshape(b, h, questions * t, s)
+    from_prefix = _weigh(prefix_weights, prefix_v).reshape(b, questions, t, h, -1)
+    return from_prefix + jax.vmap(_weigh)(weights[..., s:], v)
+
+
+def _scores(q: Array, k: Array, scale: float | None) -> Array:
+    """Scaled dot products [B, H, T, S] in float32."""
+    b, t, h, size = q.shape
+    groups = k.shape[2]
+    q = q * (size**-0.5 if scale is None else scale)
+    q = q.reshape(b, t, groups, h // groups, size)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
+    return scores.reshape(b, h, t, k.shape[1])
+
+
+def _weigh(weights: Array, v: Array) -> Array:
+    """Sum of the values by weights [B, H, T, S] -> [B, T, H, V]."""
+    b, h, t, s = weights.shape
+    groups = v.shape[2]
+    weights = weights.astype(v.dtype).reshape(b, groups, h // groups, t, s)
+    return jnp.einsum("bgrts,bsgv->btgrv", weights, v).reshape(b, t, h, v.shape[-1])
