@@ -227,7 +227,7 @@ class _Progress:
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, what: str = "") -> None:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
