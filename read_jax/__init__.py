@@ -1,8 +1,8 @@
 """READ in JAX: reasoning segmentation with LLaVA, SAM, and Similarity as Points.
 
-    import read_jax
-    segmenter = read_jax.load("model_dir")
-    result = segmenter.segment("photo.jpg", "Where is the dog? Please output segmentation mask.")
+import read_jax
+segmenter = read_jax.load("model_dir")
+result = segmenter.segment("photo.jpg", "Where is the dog? Please output segmentation mask.")
 """
 
 from __future__ import annotations

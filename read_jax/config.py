@@ -17,6 +17,14 @@ from typing import Any, Literal, Self
 from read_jax.errors import ConfigError
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of CLIP's training pictures, RGB in 0..1 (OpenAI)."""
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SAM_MEAN = (123.675, 116.28, 103.53)
+"""Mean of ImageNet, RGB in 0..255 (segment-anything's pixel_mean)."""
+SAM_STD = (58.395, 57.12, 57.375)
+
+
 def _matches(value: Any, hint: Any) -> bool:
     """Whether a JSON value fits a field's annotation (the few kinds of annotation used here)."""
     origin = typing.get_origin(hint)
@@ -100,7 +108,13 @@ class LlamaConfig(_Config):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         """Read the LLaMA part of a Hugging Face `config.json` (missing keys: transformers' defaults)."""
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ):
             if key not in hf:
                 raise ConfigError(f"config.json has no {key!r}: is this a LLaMA-based checkpoint?")
         if hf.get("rope_scaling"):

@@ -87,7 +87,12 @@ def padded_size(height: int, width: int, side: int) -> tuple[int, int, int, int]
 
 
 def sasp_geometry(height: int, width: int, config: SaspConfig, side: int = 24) -> SaspGeometry:
-    """Geometry of the similarity map (`side` x `side` cells) of an image of this size."""
+    """Geometry of the similarity map (`side` x `side` cells) of an image of this size.
+
+    Raises:
+        ValueError: the image has no pixels.
+    """
+    _require_pixels(height, width)
     rows, columns, pad_y, pad_x = padded_size(height, width, side // config.down_sample)
     map_height, map_width, map_pad_y, map_pad_x = padded_size(height, width, CLIP_MAP_SIDE)
     return SaspGeometry(
@@ -107,9 +112,12 @@ def sasp_geometry(height: int, width: int, config: SaspConfig, side: int = 24) -
 def image_geometry(
     height: int, width: int, config: SaspConfig, side: int = 24, sam_side: int = 1024
 ) -> ImageGeometry:
-    """Geometry of an image of `height` x `width` original pixels."""
-    if height < 1 or width < 1:
-        raise ValueError(f"an image of {height}x{width} pixels has no geometry.")
+    """Geometry of an image of `height` x `width` original pixels.
+
+    Raises:
+        ValueError: the image has no pixels.
+    """
+    _require_pixels(height, width)
     sam_height, sam_width = sam_input_size(height, width, sam_side)
     return ImageGeometry(
         np.int32(height),
@@ -124,7 +132,8 @@ def image_geometry(
 
 def stack_geometries(geometries: Sequence[ImageGeometry]) -> ImageGeometry:
     """Batch geometries: every field becomes an array with a leading batch axis."""
-    leaves = [(*g[:-1], *g.sasp) for g in geometries]
-    columns = [np.stack(column) for column in zip(*leaves, strict=True)]
-    fixed = len(ImageGeometry._fields) - 1
-    return ImageGeometry(*columns[:fixed], SaspGeometry(*columns[fixed:]))
+    def stack(parts: Sequence[Any]) -> list[np.ndarray]:
+        return [np.stack(column) for column in zip(*parts, strict=True)]
+
+    sasp = SaspGeometry._make(stack([g.sasp for g in geometries]))
+    return ImageGeometry._make([*stack([g[:-1] for g in geometries]), sasp])

@@ -11,15 +11,9 @@ import functools
 import numpy as np
 from PIL import Image
 
+from read_jax.config import CLIP_MEAN, CLIP_STD, SAM_MEAN, SAM_STD
 from read_jax.errors import ImageError
 from read_jax.geometry import sam_input_size
-
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-"""Mean of CLIP's training pictures, RGB in 0..1 (OpenAI)."""
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-SAM_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
-"""Mean of ImageNet, RGB in 0..255 (segment-anything's pixel_mean)."""
-SAM_STD = np.array([58.395, 57.12, 57.375], np.float32)
 
 _MAX_RESIZED = 1 << 24
 """Pictures that would grow beyond this many pixels are not: their central part is computed directly."""
@@ -60,13 +54,15 @@ def sam_resize(image: np.ndarray, side: int = 1024) -> tuple[np.ndarray, tuple[i
 
 def normalize_clip(crop: np.ndarray) -> np.ndarray:
     """uint8 [h, w, 3] -> float32 [h, w, 3], CLIP's input: (x / 255 - mean) / std."""
-    return (crop.astype(np.float32) / np.float32(255) - CLIP_MEAN) / CLIP_STD
+    return (crop.astype(np.float32) / np.float32(255) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
 
 
 def normalize_sam(padded: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [side, side, 3] -> float32, SAM's input: (x - mean) / std inside height x width, zero outside."""
     out = np.zeros(padded.shape, np.float32)
-    out[:height, :width] = (padded[:height, :width].astype(np.float32) - SAM_MEAN) / SAM_STD
+    out[:height, :width] = (padded[:height, :width].astype(np.float32) - np.float32(SAM_MEAN)) / np.float32(
+        SAM_STD
+    )
     return out
 
 

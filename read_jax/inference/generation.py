@@ -21,7 +21,8 @@ class Generated(NamedTuple):
     """Answers of B images x Q questions, at most N tokens each.
 
     tokens: int32 [B, Q, N], filled up with the end token; counts: int32 [B, Q] tokens up to and
-    including the end token; states: [B, Q, N, D], the final hidden state that predicted each token.
+    including the end token, or to the limit; states: [B, Q, N, D], the final hidden state that
+    predicted each token.
     """
 
     tokens: Array
@@ -45,12 +46,16 @@ def choose_token(logits: Array, temperature: Array, top_p: Array, seeds: Array, 
     The noise depends on the row's seed and the step alone, so a question gets the same answer whatever
     else is in its batch.
     """
-    scaled = logits / temperature
+    # shifted first: a tiny temperature then gives minus infinity, never NaN
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = shifted / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
     order = jnp.argsort(-scaled, axis=-1)
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where(before < top_p, ranked, -jnp.inf)  # the likeliest token always stays
+    # the likeliest token always stays; at 1 they all do, whatever the rounding of the sum
+    inside = (before < top_p) | (top_p >= 1) | (jnp.arange(ranked.shape[-1]) == 0)
+    ranked = jnp.where(inside, ranked, -jnp.inf)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)
     rank = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
@@ -74,7 +79,7 @@ def generate(
         prefix: [L, B, S, G, K] keys and values shared by an image's questions.
         ids: int32 [B, Q, T] question tokens, padded on the right.
         lengths: int32 [B, Q] valid tokens; 0 marks a row that is only there to fill the batch.
-        max_new: int32 scalar, tokens to generate at most; traced, at most `capacity`.
+        max_new: int32 [B, Q], tokens to generate at most for each question; traced, 1 to `capacity`.
         capacity: room for new tokens (static).
         end_id: the token that ends an answer.
         sampling: (temperature [], top_p [], seeds [B, Q]), or None for greedy decoding.
@@ -98,11 +103,12 @@ def generate(
             flat = logits.reshape(b * q, -1)
             token = choose_token(flat, temperature, top_p, seeds.reshape(-1), loop.step).reshape(b, q)
         token = jnp.where(loop.done, end_id, token).astype(jnp.int32)
+        counts = loop.counts + ~loop.done
         return _Loop(
             loop.step + 1,
             token,
-            loop.done | (token == end_id),
-            loop.counts + ~loop.done,
+            loop.done | (token == end_id) | (counts >= max_new),
+            counts,
             loop.tokens.at[:, :, loop.step].set(token),
             loop.states.at[:, :, loop.step].set(state),
             cache,
@@ -124,7 +130,5 @@ def generate(
         states=jnp.zeros((b, q, capacity, state.shape[-1]), state.dtype),
         cache=cache,
     )
-    loop = jax.lax.while_loop(
-        lambda loop: (loop.step < max_new) & ~jnp.all(loop.done), advance, record(first, state, cache)
-    )
+    loop = jax.lax.while_loop(lambda loop: ~jnp.all(loop.done), advance, record(first, state, cache))
     return Generated(loop.tokens, loop.counts, loop.states)

@@ -51,7 +51,15 @@ class Programs:
 
             return jax.jit(run, **options)
 
-        def answer(model: Read, prefix: Prefix, ids: Array, lengths: Array, max_new: Array, capacity: int, sampling: Any) -> Generated:
+        def answer(
+            model: Read,
+            prefix: Prefix,
+            ids: Array,
+            lengths: Array,
+            max_new: Array,
+            capacity: int,
+            sampling: Any,
+        ) -> Generated:
             return generate(
                 model.llama,
                 prefix.key_values,
@@ -75,7 +83,9 @@ class Programs:
         names = ("encode", "prefix", "generate", "predict", "teacher_force", "tile")
         return {name: getattr(self, f"_{name}")._cache_size() for name in names}
 
-    def encode(self, clip_pixels: np.ndarray, sam_pixels: np.ndarray, geometry: ImageGeometry) -> ImageFeatures:
+    def encode(
+        self, clip_pixels: np.ndarray, sam_pixels: np.ndarray, geometry: ImageGeometry
+    ) -> ImageFeatures:
         """Both encoders over uint8 pictures [B, ...]."""
         return self._encode(self._params, clip_pixels, sam_pixels, geometry.sam_height, geometry.sam_width)
 
@@ -88,12 +98,17 @@ class Programs:
         prefix: Prefix,
         ids: np.ndarray,
         lengths: np.ndarray,
-        max_new: int,
+        max_new: int | np.ndarray,
         sampling: tuple[float, float, np.ndarray] | None = None,
     ) -> Generated:
-        """Answers to questions [B, Q, T]; `sampling` is (temperature, top_p, seeds [B, Q])."""
+        """Answers to questions [B, Q, T] of at most `max_new` tokens (of all, or [B, Q] of each).
+
+        `sampling` is (temperature, top_p, seeds [B, Q]).
+        """
+        limits = np.broadcast_to(np.asarray(max_new, np.int32), lengths.shape)
+        capacity = bucket(int(limits.max()), 32)
         traced = sampling and (np.float32(sampling[0]), np.float32(sampling[1]), sampling[2])
-        return self._generate(self._params, prefix, ids, lengths, np.int32(max_new), bucket(max_new, 32), traced)
+        return self._generate(self._params, prefix, ids, lengths, limits, capacity, traced)
 
     def teacher_force(self, prefix: Prefix, ids: np.ndarray) -> tuple[Array, Array]:
         """States [1, 1, T, D] of given tokens after the prefix, and logits [S + T, V] of the sequence."""
@@ -119,8 +134,14 @@ class Programs:
         rows = np.zeros((bucket(len(at)), 3), np.int32)
         rows[: len(at)] = at
         return self._predict(
-            self._params, states, rows, prefix.states, features.image_embedding, geometry,
-            features.image_tokens, image_start,
+            self._params,
+            states,
+            rows,
+            prefix.states,
+            features.image_embedding,
+            geometry,
+            features.image_tokens,
+            image_start,
         )
 
     def mask(self, low_res: Array, geometry: ImageGeometry) -> np.ndarray:

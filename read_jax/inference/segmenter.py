@@ -14,15 +14,15 @@ import numpy as np
 from flax import nnx
 
 from read_jax.config import ReadConfig
-from read_jax.errors import CheckpointError, PromptError
+from read_jax.errors import CheckpointError, ConfigError
 from read_jax.geometry import ImageGeometry, image_geometry, stack_geometries
 from read_jax.images.decode import read_image
 from read_jax.images.preprocess import clip_crop, sam_resize
 from read_jax.inference.programs import Programs, bucket
+from read_jax.inference.request import PreparedPrompt, check_sampling, prepare_prompt, split_prompt
 from read_jax.inference.tracing import trace_answer
 from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
-from read_jax.text.conversation import Template, check_question, get_template, open_prompt
-from read_jax.text.targets import expand_image_placeholder
+from read_jax.text.conversation import Template, get_template
 from read_jax.text.tokenizer import Tokenizer
 from read_jax.weights.checkpoint import load_config, load_params
 
@@ -69,15 +69,6 @@ class PreparedImage:
     geometry: ImageGeometry
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedPrompt:
-    """A prompt's tokens, cut where the part shared by all questions about an image ends."""
-
-    prefix: np.ndarray  # int32 [S], image positions hold the placeholder
-    question: np.ndarray  # int32 [T]
-    image_start: int
-
-
 def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
     """Load a model folder made by `read-jax convert`.
 
@@ -87,8 +78,13 @@ def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
 
     Raises:
         CheckpointError: the folder is missing, incomplete or corrupt.
+        ConfigError: an unknown dtype.
     """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"dtype must be 'float32' or 'bfloat16', not {dtype!r}.")
+    model_dir = Path(model_dir).expanduser()
     config = load_config(model_dir)
+    tokenizer = Tokenizer.load(model_dir / "upstream")  # quick to fail, so before the weights
     tree = load_params(model_dir, dtype=dtype)
     leaves = {".".join(path): leaf for path, leaf in _flatten(tree)}
     kind = next(iter(leaves.values())).dtype
@@ -101,12 +97,14 @@ def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
         if leaf is None or leaf.shape != variable.shape:
             found = "missing" if leaf is None else f"of shape {leaf.shape}"
             raise CheckpointError(
-                f"{model_dir}: parameter {name} is {found}, expected {variable.shape}; convert the model again."
+                f"{model_dir}: parameter {name} is {found}, expected {variable.shape}; convert the model "
+                "again."
             )
         flat[path] = variable.replace(leaf)
     if leaves:
-        raise CheckpointError(f"{model_dir}: parameters the model does not know: {', '.join(sorted(leaves)[:5])}.")
-    tokenizer = Tokenizer.load(Path(model_dir) / "upstream")
+        raise CheckpointError(
+            f"{model_dir}: parameters the model does not know: {', '.join(sorted(leaves)[:5])}."
+        )
     return Segmenter(config, graphdef, nnx.from_flat_state(flat), tokenizer)
 
 
@@ -139,7 +137,11 @@ class Segmenter:
     ):
         self.config = config
         self.tokenizer = tokenizer
-        self.images_per_batch = images_per_batch or (1 if jax.default_backend() == "cpu" else 8)
+        if images_per_batch is None:
+            images_per_batch = 1 if jax.default_backend() == "cpu" else 8
+        if images_per_batch < 1:
+            raise ValueError(f"images_per_batch must be at least 1, not {images_per_batch}.")
+        self.images_per_batch = images_per_batch
         self.seg_id = tokenizer.seg_id
         exact = jax.tree.leaves(params)[0].dtype == jnp.float32
         self.programs = Programs(graphdef, params, end_id=tokenizer.eos_id, exact=exact)
@@ -185,7 +187,7 @@ class Segmenter:
             PromptError: an empty prompt, one with control tokens, or one beyond the context length.
             ImageError: a picture that cannot be decoded.
         """
-        _check_sampling(max_new_tokens, temperature, top_p)
+        check_sampling(max_new_tokens, temperature, top_p, seed)
         template = get_template(conversation)
         prompts = [self.prepare_prompt(prompt, template) for _, prompt in requests]
         groups: dict[Any, list[int]] = {}
@@ -217,26 +219,17 @@ class Segmenter:
         height, width = pixels.shape[:2]
         clip, sam = self.config.clip, self.config.sam
         geometry = image_geometry(height, width, self.config.sasp, clip.grid_size, sam.image_size)
-        return PreparedImage(clip_crop(pixels, clip.image_size), sam_resize(pixels, sam.image_size)[0], geometry)
+        return PreparedImage(
+            clip_crop(pixels, clip.image_size), sam_resize(pixels, sam.image_size)[0], geometry
+        )
 
     def prepare_prompt(self, prompt: str, template: str | Template) -> PreparedPrompt:
         """Tokens of an open prompt; raises `PromptError`."""
-        check_question(prompt, self.tokenizer)
-        text = open_prompt(prompt, template, self.config.use_im_start_end)
-        return self.split_prompt(self.tokenizer.encode(text))
+        return prepare_prompt(prompt, template, self.config, self.tokenizer)
 
     def split_prompt(self, ids: Sequence[int]) -> PreparedPrompt:
         """Expand the image placeholder and cut after the image; raises `PromptError` beyond the context."""
-        count = self.config.clip.num_image_tokens
-        expanded, start = expand_image_placeholder(ids, count)
-        context = self.config.llama.max_position_embeddings
-        if len(expanded) >= context:
-            raise PromptError(
-                f"the prompt is {len(expanded)} tokens long, {count} of them the picture, and leaves no room "
-                f"for an answer in the model's context of {context}; shorten the question."
-            )
-        stop = start + count + self.config.use_im_start_end
-        return PreparedPrompt(expanded[:stop], expanded[stop:], start)
+        return split_prompt(ids, self.config)
 
     def encode(self, images: Sequence[PreparedImage], prefix: PreparedPrompt) -> tuple[ImageFeatures, Prefix]:
         """Encoders and shared prefix of a batch of images (padded to a bucket by repeating the last)."""
@@ -282,16 +275,23 @@ class Segmenter:
             for q, prompt in enumerate(group):
                 ids[b, q, : len(prompt.question)] = prompt.question
                 lengths[b, q] = len(prompt.question)
-        room = self.config.llama.max_position_embeddings - len(first.prefix) - longest
+        # each row to the end of the context by itself: a long neighbour must not shorten an answer
+        room = self.config.llama.max_position_embeddings - len(first.prefix) - lengths
         seeded = sampling and (*sampling[:2], np.full(shape, sampling[2], np.uint32))
-        generated = self.programs.generate(prefix, ids, lengths, min(max_new_tokens, room), seeded)
+        generated = self.programs.generate(prefix, ids, lengths, np.minimum(max_new_tokens, room), seeded)
         tokens, counts = np.asarray(generated.tokens), np.asarray(generated.counts)
         clock.lap("generate", generated)
 
         asked = [(b, q) for b, group in enumerate(prompts) for q in range(len(group))]
         outputs = [tokens[b, q, : counts[b, q]] for b, q in asked]
-        at = [(b, q, n) for (b, q), out in zip(asked, outputs, strict=True) for n in np.flatnonzero(out == self.seg_id)]
-        fields = self._masks(np.asarray(at, np.int32).reshape(-1, 3), images, generated.states, features, prefix, first)
+        at = [
+            (b, q, n)
+            for (b, q), out in zip(asked, outputs, strict=True)
+            for n in np.flatnonzero(out == self.seg_id)
+        ]
+        fields = self._masks(
+            np.asarray(at, np.int32).reshape(-1, 3), images, generated.states, features, prefix, first
+        )
         clock.lap("masks", None)
 
         answers = []
@@ -337,7 +337,8 @@ class Segmenter:
             }
         out = self.predict(states, at, images, features, prefix, prompt.image_start)
         masks = [
-            self.programs.mask(out.low_res_masks[row], images[b].geometry) > 0 for row, (b, _, _) in enumerate(at)
+            self.programs.mask(out.low_res_masks[row], images[b].geometry) > 0
+            for row, (b, _, _) in enumerate(at)
         ]
         return {
             "masks": masks,
@@ -364,12 +365,3 @@ class _Clock:
 def _identity(image: Image) -> Any:
     """Equal for requests about the same picture: equal paths or bytes, or the same object."""
     return (type(image), image) if isinstance(image, str | Path | bytes) else (type(image), id(image))
-
-
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    if max_new_tokens < 1:
-        raise PromptError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    if not 0 <= temperature < float("inf"):
-        raise PromptError(f"temperature must be 0 (greedy) or a positive number, not {temperature}.")
-    if not 0 < top_p <= 1:
-        raise PromptError(f"top_p must be above 0 and at most 1, not {top_p}.")

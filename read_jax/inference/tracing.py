@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from read_jax.geometry import sasp_geometry
@@ -82,9 +83,11 @@ def trace_answer(
         "expanded_attention_mask": np.concatenate([cut.prefix, cut.question])[None] != tokenizer.pad_id,
         "original_hw": np.asarray([geometry.height, geometry.width]),
         "sam_input_hw": np.asarray([geometry.sam_height, geometry.sam_width]),
-        "clip_pixel_values": _channels_first(normalize_clip(picture.clip_pixels[None])[0]),
+        "clip_pixel_values": _channels_first(normalize_clip(jnp.asarray(picture.clip_pixels)[None])[0]),
         "sam_input": _channels_first(
-            normalize_sam(picture.sam_pixels[None], geometry.sam_height[None], geometry.sam_width[None])[0]
+            normalize_sam(
+                jnp.asarray(picture.sam_pixels)[None], geometry.sam_height[None], geometry.sam_width[None]
+            )[0]
         ),
         "clip_features": _host(features.clip_features[0]),
         "projector_output": _host(features.image_tokens[0]),

@@ -42,9 +42,7 @@ def attention(
     return _plain(q, k, v, mask=mask, scale=scale)
 
 
-def prefix_attention(
-    q: Array, prefix_k: Array, prefix_v: Array, k: Array, v: Array, *, mask: Array
-) -> Array:
+def prefix_attention(q: Array, prefix_k: Array, prefix_v: Array, k: Array, v: Array, *, mask: Array) -> Array:
     """Attention of several question rows to one shared prefix and to their own tokens.
 
     Equal to attention over the concatenated keys, but the prefix is read once per image and never

@@ -9,8 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
-from read_jax.config import ClipVisionConfig
+from read_jax.config import CLIP_MEAN, CLIP_STD, ClipVisionConfig
 from read_jax.models.attention import attention
 from read_jax.models.layers import (
     DType,
@@ -25,13 +26,10 @@ from read_jax.models.layers import (
 
 Array = jax.Array
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def normalize_clip(pixels: Array) -> Array:
+def normalize_clip(pixels: ArrayLike) -> Array:
     """uint8 pixels [B, h, w, 3] -> float32, in [0, 1] and then standardised with CLIP's mean and std."""
-    x = pixels.astype(jnp.float32) / 255.0
+    x = jnp.asarray(pixels).astype(jnp.float32) / 255.0
     return (x - jnp.asarray(CLIP_MEAN, jnp.float32)) / jnp.asarray(CLIP_STD, jnp.float32)
 
 

@@ -20,7 +20,13 @@ Carry = TypeVar("Carry")
 
 
 def linear(
-    in_features: int, out_features: int, *, bias: bool = True, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool = True,
+    dtype: DType,
+    param_dtype: DType,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """A dense layer, kernel [in, out]."""
     return nnx.Linear(

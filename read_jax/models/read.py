@@ -72,10 +72,10 @@ class Projector(nnx.Module):
     """LLaVA's multimodal projector: one linear layer, or N of them with GELU between."""
 
     def __init__(self, config: ReadConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
-        widths = [config.clip.hidden_size] + [config.llama.hidden_size] * config.projector_depth
+        out = config.llama.hidden_size
+        inputs = [config.clip.hidden_size, *[out] * (config.projector_depth - 1)]
         self.layers = nnx.List(
-            linear(i, o, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+            linear(size, out, dtype=dtype, param_dtype=param_dtype, rngs=rngs) for size in inputs
         )
 
     def __call__(self, x: Array) -> Array:

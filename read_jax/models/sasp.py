@@ -58,12 +58,15 @@ def points_from_similarity(similarity: Array, height: int, width: int, config: S
         config: SasP settings.
 
     Raises:
-        ValueError: N is not a square number.
+        ValueError: N is not a square number, the grid is too small for the points, or the image is empty.
     """
     count = jnp.shape(similarity)[-1]
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(f"a similarity map has a square number of values, not {count}.")
+    cells = side // config.down_sample
+    if config.enabled and config.num_points > max(cells - 2, 0) ** 2:  # padding may crop a cell on every side
+        raise ValueError(f"SasP cannot choose {config.num_points} points from a {cells}x{cells} grid.")
     geometry = sasp_geometry(height, width, config, side)
     return _jitted_points(jnp.asarray(similarity), height, width, geometry, config)
 
@@ -91,7 +94,7 @@ def min_max(x: Array) -> Array:
     """Scale to [0, 1] by the smallest and largest value; a constant map becomes 0.5 everywhere.
 
     (The original divides zero by zero there and fails. At 0.5 all points are neutral, which tell SAM
-    nothing: the [SEG] embedding decides alone.)
+    nothing: the [SEG] embedding decides alone. Fixed thresholds must enclose 0.5 for that, as published.)
     """
     low, high = jnp.min(x), jnp.max(x)
     span = high - low
@@ -115,7 +118,8 @@ def _choose(
         high, low = config.t_pos, config.t_neg
     else:
         mean, deviation = jnp.mean(value), jnp.std(value)
-        high, low = mean + config.epsilon * deviation, mean - config.epsilon * deviation
+        margin = jnp.where(deviation > 0, config.epsilon * deviation, 1.0)  # constant: all neutral
+        high, low = mean + margin, mean - margin
 
     index = jnp.arange(cells * cells)
     value = value.reshape(-1)

@@ -91,7 +91,9 @@ def test_generation_equals_the_original(sample, goldens, segmenter, index):
     golden = np.load(goldens / "tiny-a" / "goldens" / f"{sample}.npz")
     image = goldens / "tiny-a" / index[sample]["image"]
     for j, expected in enumerate(index[sample]["generation"]):
-        result = segmenter.segment(image, expected["question"], expected["template"], expected["max_new_tokens"])
+        result = segmenter.segment(
+            image, expected["question"], expected["template"], expected["max_new_tokens"]
+        )
         prompt, output = golden[f"gen{j}_prompt_ids"], golden[f"gen{j}_output_ids"]
         np.testing.assert_array_equal(result.output_ids, output[len(prompt) :])
         assert result.text == expected["decoded"]

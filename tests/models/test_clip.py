@@ -63,7 +63,9 @@ def test_features_equal_transformers(image_size, patch, layers, heads, act, sele
     config = ClipVisionConfig.from_hf(hf.to_dict(), select, feature)
     pixels = np.random.default_rng(0).normal(size=(2, image_size, image_size, 3)).astype(np.float32)
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states
+        expected = theirs(
+            torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True
+        ).hidden_states
     expected = expected[select].numpy()
     model = copied(theirs, config)
     features = jax.jit(lambda x: model(x))(pixels)

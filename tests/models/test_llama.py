@@ -112,7 +112,11 @@ def test_cached_decoding_of_rows_of_different_length_equals_whole_sequences(rows
         slots = lengths + step
         ids = np.take_along_axis(questions, slots[..., None], axis=-1)
         state, cache = model.extend(
-            model.embed(jnp.asarray(ids)), jnp.asarray(9 + slots)[..., None], cache, jnp.asarray(slots), prefix=shared
+            model.embed(jnp.asarray(ids)),
+            jnp.asarray(9 + slots)[..., None],
+            cache,
+            jnp.asarray(slots),
+            prefix=shared,
         )
         wanted = np.take_along_axis(expected, slots[..., None, None], axis=2)
         assert_close(state, wanted, 1e-5)

@@ -15,20 +15,19 @@ import itertools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
-from read_jax.config import SamConfig
+from read_jax.config import SAM_MEAN, SAM_STD, SamConfig
 from read_jax.errors import ConfigError
 from read_jax.models.attention import attention
 from read_jax.models.layers import DType, gather_layer, gelu, layer_norm, linear, patchify, stack_layers
 
 Array = jax.Array
 
-SAM_MEAN = (123.675, 116.28, 103.53)
-SAM_STD = (58.395, 57.12, 57.375)
 NORM_EPS = 1e-6  # of the blocks, and of the norms over channels (upstream's LayerNorm2d)
 
 
-def normalize_sam(pixels: Array, heights: Array, widths: Array) -> Array:
+def normalize_sam(pixels: ArrayLike, heights: ArrayLike, widths: ArrayLike) -> Array:
     """SAM's input from a resized picture in the top-left corner of a square.
 
     Args:
@@ -38,6 +37,7 @@ def normalize_sam(pixels: Array, heights: Array, widths: Array) -> Array:
     Returns:
         float32 [B, side, side, 3], standardised in units of 0..255, and zero outside the picture.
     """
+    pixels, heights, widths = jnp.asarray(pixels), jnp.asarray(heights), jnp.asarray(widths)
     x = (pixels.astype(jnp.float32) - jnp.asarray(SAM_MEAN)) / jnp.asarray(SAM_STD)
     rows = jnp.arange(pixels.shape[1]) < heights[:, None]  # [B, side]
     columns = jnp.arange(pixels.shape[2]) < widths[:, None]

@@ -1,0 +1,60 @@
+"""Installs read_jax and the `read-jax` command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "read_jax" / "__init__.py").read_text(), re.MULTILINE)
+assert VERSION is not None
+
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.6",  # NNX: nnx.List, nnx.to_flat_state
+    "orbax-checkpoint>=0.12",  # the model folder's parameters
+    "tensorstore",  # Orbax's storage, written directly when converting as a stream
+    "numpy>=2.0",
+    "ml_dtypes",  # bfloat16 in numpy
+    "sentencepiece",  # the tokenizer the checkpoints were trained with (transformers 5's differs)
+    "safetensors>=0.5",
+    "pillow>=13",  # 13 changed the order of resizing, hence single grey levels of what the model sees
+    "pycocotools",  # COCO run-length masks
+    "huggingface_hub",  # checkpoints named by id
+    "tqdm",
+]
+# one exact release: a range would let pip take gigabytes of CUDA libraries where a CPU build is at hand.
+# Any torch >= 2.6 that is already installed serves as well, without this extra.
+TORCH = "torch==2.13.0"
+EXTRAS = {
+    "convert": [TORCH],  # .bin and .pth files; safetensors need no torch
+    "gpu": ["jax[cuda13]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "test": [
+        TORCH,
+        "pytest>=8",
+        "pytest-xdist",
+        "hypothesis",
+        "transformers>=5",  # reference for CLIP and LLaMA
+        "segment-anything==1.0",  # reference for SAM
+    ],
+    "lint": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],
+}
+
+setup(
+    name="read-jax",
+    version=VERSION.group(1),
+    description="READ (Reasoning to Attend, CVPR 2025) in JAX: reasoning segmentation with LLaVA and SAM",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["read_jax", "read_jax.*"]),
+    package_data={"read_jax": ["py.typed"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["read-jax = read_jax.cli:main"]},
+)
