@@ -16,7 +16,6 @@ from typing import Any, Literal, Self
 
 from read_jax.errors import ConfigError
 
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of CLIP's training pictures, RGB in 0..1 (OpenAI)."""
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

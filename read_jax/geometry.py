@@ -132,8 +132,14 @@ def image_geometry(
 
 def stack_geometries(geometries: Sequence[ImageGeometry]) -> ImageGeometry:
     """Batch geometries: every field becomes an array with a leading batch axis."""
+
     def stack(parts: Sequence[Any]) -> list[np.ndarray]:
         return [np.stack(column) for column in zip(*parts, strict=True)]
 
     sasp = SaspGeometry._make(stack([g.sasp for g in geometries]))
     return ImageGeometry._make([*stack([g[:-1] for g in geometries]), sasp])
+
+
+def _require_pixels(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"an image of {height}x{width} pixels has no geometry.")

@@ -54,16 +54,18 @@ def sam_resize(image: np.ndarray, side: int = 1024) -> tuple[np.ndarray, tuple[i
 
 def normalize_clip(crop: np.ndarray) -> np.ndarray:
     """uint8 [h, w, 3] -> float32 [h, w, 3], CLIP's input: (x / 255 - mean) / std."""
-    return (crop.astype(np.float32) / np.float32(255) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    return _standardise(crop.astype(np.float32) / np.float32(255), CLIP_MEAN, CLIP_STD)
 
 
 def normalize_sam(padded: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [side, side, 3] -> float32, SAM's input: (x - mean) / std inside height x width, zero outside."""
     out = np.zeros(padded.shape, np.float32)
-    out[:height, :width] = (padded[:height, :width].astype(np.float32) - np.float32(SAM_MEAN)) / np.float32(
-        SAM_STD
-    )
+    out[:height, :width] = _standardise(padded[:height, :width].astype(np.float32), SAM_MEAN, SAM_STD)
     return out
+
+
+def _standardise(x: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    return (x - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def _check(image: np.ndarray) -> tuple[int, int]:

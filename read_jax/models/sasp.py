@@ -98,7 +98,10 @@ def min_max(x: Array) -> Array:
     """
     low, high = jnp.min(x), jnp.max(x)
     span = high - low
-    return jnp.where(span > 0, (x - low) / jnp.where(span > 0, span, 1.0), 0.5)
+    # XLA turns division by a broadcast scalar into multiplication by its reciprocal, which misses the
+    # quotient by a bit in one value of four: enough to cross a threshold
+    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(jnp.where(span > 0, span, 1.0), x.shape))
+    return jnp.where(span > 0, (x - low) / divisor, 0.5)
 
 
 def _choose(

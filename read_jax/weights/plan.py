@@ -91,7 +91,7 @@ def make_plan(
     projector = str(hf.get("mm_projector_type") or "linear")
     if plain and starting.PROJECTION + "2.weight" not in tensors:
         tensors = {**tensors, **starting.new_projection(llama.hidden_size, sam_config.out_chans)}
-    points, choice = _choose_sasp(sasp, llama, projector, clip)
+    points, choice = _choose_sasp(sasp, hf, llama, projector, clip)
     config = ReadConfig(
         llama=llama,
         clip=clip,
@@ -257,19 +257,21 @@ def _check_tower(
 
 
 def _choose_sasp(
-    name: str | None, llama: LlamaConfig, projector: str, clip: ClipVisionConfig
+    name: str | None, hf: Mapping[str, Any], llama: LlamaConfig, projector: str, clip: ClipVisionConfig
 ) -> tuple[SaspConfig, str]:
     """The point settings, and a word on why; no file of a checkpoint states them."""
     if name is not None:
         return SaspConfig.preset(name), f"{name} (as asked)"
     if projector == "linear" or clip.image_size != 336:
         return SaspConfig.preset("off"), "off (a linear projector or a CLIP of other than 336 px: LISA)"
+    classes = [str(c) for c in hf.get("architectures") or ()]
+    if any(c.upper().startswith(("SESAME", "LISA")) for c in classes):
+        return SaspConfig.preset("off"), f"off (config.json names {classes[0]}, trained without points)"
     points = SaspConfig.for_width(llama.hidden_size)
     if points is None:
         raise CheckpointError(
-            f"the SasP settings of a language model {llama.hidden_size} wide are not known; choose "
-            "with --sasp: "
-            f"{', '.join(SASP_PRESETS)}."
+            f"the SasP settings of a language model {llama.hidden_size} wide are not known; choose with "
+            f"--sasp: {', '.join(SASP_PRESETS)}."
         )
     preset = {4096: "7b", 5120: "13b"}[llama.hidden_size]
-    return points, f"{preset} (by width {llama.hidden_size}; for SESAME choose 'off')"
+    return points, f"{preset} (by width {llama.hidden_size}; for a model trained without points choose 'off')"

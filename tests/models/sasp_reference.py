@@ -83,7 +83,7 @@ def make_continuous(
     y = torch.arange(height, dtype=full.dtype)
     x = torch.arange(width, dtype=full.dtype)
     results = []
-    for some in torch.from_numpy(points).split(max(1, MAX_WEIGHTS // (height * width))):
+    for some in torch.tensor(points).split(max(1, MAX_WEIGHTS // (height * width))):
         distance = (x - some[:, 0, None, None]) ** 2 + (y[:, None] - some[:, 1, None, None]) ** 2
         weight = torch.exp(-distance) * probability  # [P, h, w]
         weight = weight / weight.sum((1, 2), keepdim=True)

@@ -24,7 +24,7 @@ CONFIGS = {
     "paper": SaspConfig.preset("paper"),
     "discrete": SaspConfig.preset("7b", continuous=False),
 }
-CROPPED = [(321, 321), (346, 400), (500, 376), (79, 158), (158, 79), (79, 79), (330, 570)]
+CROPPED = [(321, 321), (346, 400), (500, 376), (79, 158), (158, 79), (79, 79), (330, 250)]
 """Sizes (h, w) at which the original's rounding crops the grid, the full-size map, or both."""
 EXTREME = [(1, 1), (1, 500), (500, 1), (2, 3), (5, 5), (11, 4), (30, 3000), (3000, 30)]
 """Sizes at which windows are cut by the borders, or nearly all of the grid is padding."""
@@ -79,10 +79,10 @@ def test_equals_the_full_image_formulation(size, name):
     assert_equals_reference(random_map(hash(size) % 1000, CONFIGS[name]), *size, CONFIGS[name])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 400),
-    st.integers(1, 400),
+    st.integers(1, 300),
+    st.integers(1, 300),
     st.sampled_from(sorted(CONFIGS)),
     st.integers(0, 2**31),
     st.sampled_from([1e-3, 1.0, 300.0]),
@@ -120,9 +120,9 @@ def test_gradient_equals_the_float32_full_image_formulation(size, name):
 
 
 @pytest.mark.parametrize("name", ["7b", "13b"])
-@pytest.mark.parametrize("size", [(90, 120), (321, 321), (346, 400), (640, 480)])
+@pytest.mark.parametrize("size", [(90, 120), (321, 321), (346, 400), (427, 640)])
 def test_gradient_equals_the_exact_full_image_formulation(size, name):
-    # in doubles: at 640x480 the sum over all pixels itself loses a thousandth of its gradient in float32
+    # in doubles: at 640x427 the sum over all pixels itself loses a thousandth of its gradient in float32
     assert relative_gradient_error(size, CONFIGS[name], torch.float64) <= 3e-5
 
 
@@ -157,7 +157,7 @@ def test_points_lie_inside_the_image(height, width, name, seed):
 @pytest.mark.parametrize("value", [0.0, 1.7, -3e5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_constant_map_gives_finite_neutral_points(name, value):
-    constant = jnp.full(576, value)
+    constant = np.full(576, value)
     result = points_from_similarity(constant, 90, 120, CONFIGS[name])
     np.testing.assert_array_equal(result.labels, np.full(CONFIGS[name].num_points, -1))
     assert np.all(np.isfinite(result.points))
@@ -166,7 +166,7 @@ def test_a_constant_map_gives_finite_neutral_points(name, value):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_constant_map_gives_a_finite_gradient(name):
     gradient = jax.grad(lambda s: jnp.sum(points_from_similarity(s, 90, 120, CONFIGS[name]).points))(
-        jnp.full(576, 1.7)
+        jnp.full(576, 1.7, jnp.float32)
     )
     assert np.all(np.isfinite(gradient))
 
@@ -179,7 +179,7 @@ def batch(config: SaspConfig, sizes: list[tuple[int, int]]) -> tuple[np.ndarray,
     return maps, np.array([h for h, _ in sizes]), np.array([w for _, w in sizes]), geometry
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["7b", "13b"])
 def test_a_batch_of_different_sizes_equals_one_by_one(name):
     config = CONFIGS[name]
     sizes = [(480, 640), (321, 321), (79, 300), (1, 1), (5, 400)]
@@ -210,7 +210,7 @@ def test_switched_off_it_gives_no_points():
     )
 
 
-@pytest.mark.parametrize("side", [8, 16, 30])
+@pytest.mark.parametrize("side", [8, 16])
 def test_other_grid_sizes_equal_the_full_image_formulation(side):
     config = dataclasses.replace(CONFIGS["7b"], num_points=4, t_pos=0.7)
     similarity = np.random.default_rng(side).standard_normal(side * side).astype(np.float32)
@@ -250,8 +250,12 @@ def test_an_image_without_pixels_is_refused(size):
         points_from_similarity(np.zeros(576), *size, CONFIGS["7b"])
 
 
+jitted_min_max = jax.jit(jax.vmap(min_max))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.floats(1e-3, 1e6))
-def test_min_max_spans_zero_to_one(seed, scale):
-    scaled = np.asarray(min_max(scale * np.random.default_rng(seed).standard_normal(50).astype(np.float32)))
-    assert (scaled.min(), scaled.max()) == (0.0, 1.0)
+def test_min_max_equals_numpy_to_the_last_bit(seed, scale):
+    x = (scale * np.random.default_rng(seed).standard_normal(144)).astype(np.float32)
+    wanted = (x - x.min()) / (x.max() - x.min())
+    np.testing.assert_array_equal(jitted_min_max(x[None])[0], wanted)

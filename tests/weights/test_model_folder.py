@@ -217,3 +217,9 @@ class TestDamage:
         (model / "config.json").write_text(json.dumps(data))
         with pytest.raises(CheckpointError, match=r"config\.json says"):
             load_params(model)
+
+
+def test_a_checkpoint_that_says_it_is_sesame_has_no_points_unless_asked(tmp_path):
+    source, clip = write_read_checkpoint(tmp_path / "x", kind="sesame"), write_clip(tmp_path / "clip")
+    convert(source, clip, tmp_path / "m")
+    assert not load_config(tmp_path / "m").sasp.enabled
