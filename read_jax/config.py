@@ -80,6 +80,11 @@ class _Config:
         if not condition:
             raise ConfigError(f"{type(self).__name__}: {message}")
 
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(value > 0, f"{name} must be positive, not {value}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(_Config):
@@ -98,6 +103,10 @@ class LlamaConfig(_Config):
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        self._require_positive(
+            *("vocab_size", "hidden_size", "intermediate_size", "num_layers"),
+            *("num_heads", "num_kv_heads", "head_dim"),
+        )
         self._require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.",
@@ -159,6 +168,9 @@ class ClipVisionConfig(_Config):
     select_feature: Literal["patch", "cls_patch"] = "patch"
 
     def __post_init__(self) -> None:
+        self._require_positive(
+            *("hidden_size", "intermediate_size", "num_layers", "num_heads", "image_size", "patch_size")
+        )
         self._require(
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.",
@@ -232,6 +244,11 @@ class SamConfig(_Config):
     iou_head_hidden_dim: int = 256
 
     def __post_init__(self) -> None:
+        self._require_positive(
+            *("embed_dim", "depth", "num_heads", "mlp_dim", "image_size", "patch_size", "window_size"),
+            *("out_chans", "mask_in_chans", "decoder_depth", "decoder_num_heads", "decoder_mlp_dim"),
+            *("num_mask_tokens", "iou_head_depth", "iou_head_hidden_dim"),
+        )
         self._require(
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.",

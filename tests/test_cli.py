@@ -20,7 +20,13 @@ import read_jax
 from read_jax import cli
 from read_jax.images.masks import rle_to_mask
 from read_jax.inference import output
-from tests.inference.conftest import model_folder, picture, scripted_sources, segmenter  # noqa: F401
+from tests.inference.conftest import (  # noqa: F401 - fixtures
+    compilation_cache,
+    model_folder,
+    picture,
+    scripted_sources,
+    segmenter,
+)
 
 NONE, ONE, TWO = "find apples", "find 1 apple", "find 2 apples"
 
