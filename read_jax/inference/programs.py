@@ -1,12 +1,13 @@
 """The compiled programs of inference, and the host arrays that go into them.
 
-Five programs, each with static shapes: encode, prefix, generate, predict, tile. Image height and width
-are traced, so a new image size compiles nothing; questions, answers and batches are padded to a few
+Six programs, each with static shapes: encode, prefix, generate, gather, predict, tile. Image height and
+width are traced, so a new image size compiles nothing; questions, answers and batches are padded to a few
 bucket sizes.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,13 +75,14 @@ class Programs:
         self._encode = program(Read.encode_images)
         self._prefix = program(Read.encode_prefix, static_argnums=3)
         self._generate = program(answer, static_argnums=5)
-        self._predict = program(_predict, static_argnums=7)
+        self._gather = jax.jit(partial(_gather), static_argnums=(5, 6))
+        self._predict = program(Read.predict_masks)
         self._teacher_force = program(_teacher_force)
-        self._tile = jax.jit(_tile)
+        self._tile = jax.jit(partial(_tile))  # partial: a cache of its own, not one for all models
 
     def compilations(self) -> dict[str, int]:
         """How many times each program has been compiled."""
-        names = ("encode", "prefix", "generate", "predict", "teacher_force", "tile")
+        names = ("encode", "prefix", "generate", "gather", "predict", "teacher_force", "tile")
         return {name: getattr(self, f"_{name}")._cache_size() for name in names}
 
     def encode(
@@ -133,16 +135,17 @@ class Programs:
         """
         rows = np.zeros((bucket(len(at)), 3), np.int32)
         rows[: len(at)] = at
-        return self._predict(
-            self._params,
+        # apart from the prediction, whose long compilation then depends on the number of rows alone
+        inputs = self._gather(
             states,
             rows,
             prefix.states,
             features.image_embedding,
             geometry,
-            features.image_tokens,
             image_start,
+            features.image_tokens.shape[1],
         )
+        return self._predict(self._params, *inputs)
 
     def mask(self, low_res: Array, geometry: ImageGeometry) -> np.ndarray:
         """One low-resolution mask at the original size: float32 logits [h, w] on the host."""
@@ -159,19 +162,19 @@ class Programs:
         return out
 
 
-def _predict(
-    model: Read,
+def _gather(
     states: Array,
     at: Array,
     prefix_states: Array,
     image_embedding: Array,
     geometry: ImageGeometry,
-    image_tokens: Array,
     image_start: int,
-) -> MaskPrediction:
+    image_tokens: int,
+) -> tuple[Array, Array, Array, ImageGeometry]:
+    """The inputs of `Read.predict_masks` for the rows `at` [R, 3]."""
     image, question, token = at.T
-    image_states = jax.lax.dynamic_slice_in_dim(prefix_states, image_start, image_tokens.shape[1], axis=1)
-    return model.predict_masks(
+    image_states = prefix_states[:, image_start : image_start + image_tokens]
+    return (
         states[image, question, token],
         image_states[image],
         image_embedding[image],

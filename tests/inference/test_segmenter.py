@@ -168,7 +168,7 @@ def test_a_batch_equals_its_questions_one_by_one(segmenter, image):
 
 def test_pictures_may_go_through_the_device_together(segmenter, image, monkeypatch):
     images = [image, picture(20, 300, 1), picture(130, 33, 2)]
-    requests = [(images[0], TWO), (images[1], ONE), (images[2], NONE), (images[0], NONE), (images[2], TWO)]
+    requests = [(images[0], TWO), (images[1], ONE), (images[2], NONE), (images[0], NONE), (images[2], ONE)]
     monkeypatch.setattr(segmenter, "images_per_batch", 1)
     alone = segmenter.segment_batch(requests, max_new_tokens=LIMIT)
     monkeypatch.setattr(segmenter, "images_per_batch", 3)

@@ -80,46 +80,48 @@ def rows():
     return Llama(config, rngs=nnx.Rngs(3)), rng.integers(0, 61, (2, 1, 9)), rng.integers(0, 61, (2, 3, 7))
 
 
+@jax.jit
 def whole(model, prefix, questions):
+    """States of the questions' tokens when each row is one plain sequence."""
     ids = jnp.concatenate([jnp.broadcast_to(prefix, (2, 3, 9)), questions], axis=-1)
     states, _ = model(model.embed(ids), jnp.broadcast_to(jnp.arange(16), (2, 3, 16)))
     return states[:, :, 9:]
 
 
+@jax.jit
 def prefix_key_values(model, prefix):
-    _, own = model(model.embed(jnp.asarray(prefix)), jnp.broadcast_to(jnp.arange(9), (2, 1, 9)))
+    _, own = model(model.embed(prefix), jnp.broadcast_to(jnp.arange(9), (2, 1, 9)))
     return KeyValues(own.keys[:, :, 0], own.values[:, :, 0])
 
 
 def test_questions_behind_a_shared_prefix_equal_whole_sequences(rows):
     model, prefix, questions = rows
-    shared = prefix_key_values(model, prefix)
-    positions = jnp.broadcast_to(9 + jnp.arange(7), (2, 3, 7))
-    states, _ = model(model.embed(jnp.asarray(questions)), positions, prefix=shared)
+
+    @jax.jit
+    def behind(model, shared, ids):
+        return model(model.embed(ids), jnp.broadcast_to(9 + jnp.arange(7), (2, 3, 7)), prefix=shared)[0]
+
+    states = behind(model, prefix_key_values(model, prefix), questions)
     assert_close(states, whole(model, prefix, questions), 1e-5)
 
 
 def test_cached_decoding_of_rows_of_different_length_equals_whole_sequences(rows):
     model, prefix, questions = rows
     shared = prefix_key_values(model, prefix)
-    lengths = np.array([[4, 2, 5], [1, 5, 3]])
     expected = np.asarray(whole(model, prefix, questions))
+    lengths = np.array([[4, 2, 5], [1, 5, 3]])
+
+    @jax.jit
+    def extend(model, ids, slots, cache):
+        positions = 9 + slots[..., None] + jnp.arange(ids.shape[-1])
+        return model.extend(model.embed(ids), positions, cache, slots, prefix=shared)
+
     cache = model.empty_cache(2, 3, 5 + 6, jnp.float32)
-    positions = jnp.broadcast_to(9 + jnp.arange(5), (2, 3, 5))
-    first = jnp.asarray(questions[..., :5])
-    _, cache = model.extend(model.embed(first), positions, cache, jnp.zeros((2, 3), int), prefix=shared)
-    for step in range(2):
-        slots = lengths + step
+    _, cache = extend(model, questions[..., :5], np.zeros((2, 3), int), cache)
+    for slots in (lengths, lengths + 1):
         ids = np.take_along_axis(questions, slots[..., None], axis=-1)
-        state, cache = model.extend(
-            model.embed(jnp.asarray(ids)),
-            jnp.asarray(9 + slots)[..., None],
-            cache,
-            jnp.asarray(slots),
-            prefix=shared,
-        )
-        wanted = np.take_along_axis(expected, slots[..., None, None], axis=2)
-        assert_close(state, wanted, 1e-5)
+        state, cache = extend(model, ids, slots, cache)
+        assert_close(state, np.take_along_axis(expected, slots[..., None, None], axis=2), 1e-5)
 
 
 def test_abstract_7b_has_the_published_number_of_parameters():
