@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,19 @@ TOKENS = ("[SEG]", "<im_start>", "<im_end>")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Widths and depths; the defaults are as small as the layouts allow."""
+    """Widths and depths; the defaults are as small as the layouts allow.
+
+    kv_heads, head_dim: None for as many as `heads`, and for hidden / heads.
+    """
 
     hidden: int = 16
     layers: int = 2
     heads: int = 2
+    kv_heads: int | None = None
+    head_dim: int | None = None
     inter: int = 24
     clip_hidden: int = 8
+    clip_heads: int = 2
     clip_layers: int = 3
     clip_inter: int = 12
     sam_dim: int = 16
@@ -45,6 +51,12 @@ class Sizes:
     sam_out: int = 32
     sam_mlp: int = 20
     decoder_mlp: int = 24
+
+    def attention_widths(self) -> dict[str, int]:
+        """Outputs of the language model's q_proj, k_proj and v_proj."""
+        head = self.head_dim or self.hidden // self.heads
+        shared = head * (self.kv_heads or self.heads)
+        return {"q_proj": head * self.heads, "k_proj": shared, "v_proj": shared}
 
 
 SMALL = Sizes()
@@ -77,10 +89,12 @@ def llama_state(sizes: Sizes, vocab: int, draw: Random, buffers: bool = True) ->
     width, state = sizes.hidden, {"model.embed_tokens.weight": draw(vocab, sizes.hidden)}
     for i in range(sizes.layers):
         key = f"model.layers.{i}."
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            _linear(state, f"{key}self_attn.{name}", width, width, draw, bias=False)
+        outputs = sizes.attention_widths()
+        for name, size in outputs.items():
+            _linear(state, f"{key}self_attn.{name}", width, size, draw, bias=False)
+        _linear(state, f"{key}self_attn.o_proj", outputs["q_proj"], width, draw, bias=False)
         if buffers:
-            half = width // sizes.heads // 2
+            half = outputs["q_proj"] // sizes.heads // 2
             state[f"{key}self_attn.rotary_emb.inv_freq"] = 10000.0 ** -(torch.arange(half) / half)
         _linear(state, f"{key}mlp.gate_proj", width, sizes.inter, draw, bias=False)
         _linear(state, f"{key}mlp.up_proj", width, sizes.inter, draw, bias=False)
@@ -174,6 +188,24 @@ def clip_state(sizes: Sizes, image_size: int, draw: Random) -> State:
     return state
 
 
+def moderate(state: State) -> State:
+    """The same draw scaled so that activations stay near 1 and rounding is not amplified.
+
+    Matrices by the square root of their inputs, norms to around 1, everything else (tables, biases) by 0.3.
+    """
+    scaled = {}
+    for key, value in state.items():
+        table = any(word in key for word in ("embed", "token", "rel_pos", "gaussian"))
+        if value.ndim > 1 and (not table or "patch_embed" in key):
+            inputs = value.shape[0] if "output_upscaling" in key else value[0].numel()
+            scaled[key] = value * inputs**-0.5
+        elif value.ndim == 1 and key.endswith("weight"):
+            scaled[key] = 1 + 0.2 * value
+        else:
+            scaled[key] = 0.3 * value
+    return scaled
+
+
 @functools.cache
 def _sentencepiece_model() -> bytes:
     text = ["where is the red fox in the picture", "sure it is beside the small green house", "a b c d e f g"]
@@ -238,22 +270,32 @@ def write_read_checkpoint(
     sizes: Sizes = SMALL,
     buffers: bool = True,
     seed: int = 0,
+    options: Mapping | None = None,
+    scale: Callable[[State], State] | None = None,
 ) -> Path:
-    """A READ, SESAME, LISA or (kind "llava") plain LLaVA folder."""
+    """A READ, SESAME, LISA or (kind "llava") plain LLaVA folder.
+
+    buffers: with the rotary frequencies, those of rope_theta 10000. options: changes of its config; the
+    projector and tying of the embedding are followed. scale: changes the weights, e.g. `moderate`.
+    """
     folder.mkdir(parents=True)
+    options = options or {}
     draw = Random(seed, dtype)
     vocab = write_tokenizer(folder, () if kind == "llava" else TOKENS)
     state = llama_state(sizes, vocab, draw, buffers)
     if kind == "lisa":
         _linear(state, "model.mm_projector", sizes.clip_hidden, sizes.hidden, draw)
     else:
-        _linear(state, "model.mm_projector.0", sizes.clip_hidden, sizes.hidden, draw)
-        _linear(state, "model.mm_projector.2", sizes.hidden, sizes.hidden, draw)
+        for i in range(int(options.get("mm_projector_type", "mlp2x_gelu")[3])):
+            inputs = sizes.hidden if i else sizes.clip_hidden
+            _linear(state, f"model.mm_projector.{2 * i}", inputs, sizes.hidden, draw)
     if kind != "llava":
         state.update({f"model.visual_model.{k}": v for k, v in sam_state(sizes, draw).items()})
         _linear(state, "model.text_hidden_fcs.0.0", sizes.hidden, sizes.hidden, draw)
         _linear(state, "model.text_hidden_fcs.0.2", sizes.hidden, sizes.sam_out, draw)
-    write_state(folder, state, format)
+    if options.get("tie_word_embeddings"):
+        del state["lm_head.weight"]
+    write_state(folder, scale(state) if scale else state, format)
     names = {"read": "READ", "sesame": "SESAME", "lisa": "LISA", "llava": "LlavaLlama"}
     config = {
         "architectures": [f"{names[kind]}ForCausalLM"],
@@ -270,7 +312,7 @@ def write_read_checkpoint(
         "model_type": "llava",
         "num_attention_heads": sizes.heads,
         "num_hidden_layers": sizes.layers,
-        "num_key_value_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads or sizes.heads,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -280,7 +322,9 @@ def write_read_checkpoint(
         config["mm_projector_type"] = "mlp2x_gelu"
     if kind != "llava":
         config |= {"out_dim": sizes.sam_out, "train_mask_decoder": True, "use_cache": False}
-    (folder / "config.json").write_text(json.dumps(config))
+    if sizes.head_dim:
+        config["head_dim"] = sizes.head_dim
+    (folder / "config.json").write_text(json.dumps(config | dict(options)))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     return folder
 
@@ -293,8 +337,13 @@ def write_clip(
     format: str = "bin-single",
     sizes: Sizes = SMALL,
     seed: int = 1,
+    options: Mapping | None = None,
+    scale: Callable[[State], State] | None = None,
 ) -> Path:
-    """A CLIP folder: the vision model alone, or (`whole`) with text tower, projections and position ids."""
+    """A CLIP folder: the vision model alone, or (`whole`) with text tower, projections and position ids.
+
+    options: changes of the vision model's config. scale: changes the weights, e.g. `moderate`.
+    """
     folder.mkdir(parents=True)
     draw = Random(seed)
     state = clip_state(sizes, image_size, draw)
@@ -302,9 +351,10 @@ def write_clip(
         "hidden_size": sizes.clip_hidden,
         "image_size": image_size,
         "intermediate_size": sizes.clip_inter,
-        "num_attention_heads": 2,
+        "num_attention_heads": sizes.clip_heads,
         "num_hidden_layers": sizes.clip_layers,
         "patch_size": 14,
+        **(options or {}),
     }
     config: dict = {"model_type": "clip_vision_model", **vision}
     if whole:
@@ -317,7 +367,7 @@ def write_clip(
         state["visual_projection.weight"] = draw(5, sizes.clip_hidden)
         state["text_projection.weight"] = draw(5, 6)
         state["logit_scale"] = torch.tensor(4.6)
-    write_state(folder, state, format)
+    write_state(folder, scale(state) if scale else state, format)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"size": image_size, "crop_size": image_size})
@@ -332,9 +382,9 @@ def write_sam(file: Path, *, sizes: Sizes = SMALL, seed: int = 2) -> Path:
 
 
 def _lora_pairs(sizes: Sizes, rank: int, draw: Random) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    width = sizes.hidden
+    width, outputs = sizes.hidden, sizes.attention_widths()
     return {
-        f"model.layers.{i}.self_attn.{name}": (draw(rank, width), draw(width, rank))
+        f"model.layers.{i}.self_attn.{name}": (draw(rank, width), draw(outputs[name], rank))
         for i in range(sizes.layers)
         for name in ("q_proj", "v_proj")
     }
