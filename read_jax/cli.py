@@ -243,6 +243,7 @@ def _segment(arguments: argparse.Namespace) -> None:
     from read_jax.text.conversation import check_question, get_template
     from read_jax.text.tokenizer import Tokenizer
     from read_jax.weights.checkpoint import UPSTREAM, load_config
+    from read_jax.weights.folders import terminate_politely
 
     settings = {
         "conversation": arguments.conversation,
@@ -266,16 +267,19 @@ def _segment(arguments: argparse.Namespace) -> None:
     for path in arguments.images:
         read_image(path)
 
-    with output as folder, _Progress("loading the model", "picture", len(arguments.images)) as progress:
+    bar = _Progress("loading the model", "picture", len(arguments.images))
+    with terminate_politely(), output as folder, bar as progress:
         segmenter = read_jax.load(arguments.model, dtype=arguments.dtype)
         progress.label("segmenting")
-        for done, path in enumerate(arguments.images):
-            image = read_image(path)
-            results = segmenter.segment_batch([(image, prompt) for prompt in arguments.prompts], **settings)
-            for prompt, result in zip(arguments.prompts, results, strict=True):
+        together = segmenter.images_per_batch
+        for first in range(0, len(arguments.images), together):
+            pictures = [(path, read_image(path)) for path in arguments.images[first : first + together]]
+            asked = [(path, image, prompt) for path, image in pictures for prompt in arguments.prompts]
+            results = segmenter.segment_batch([(image, prompt) for _, image, prompt in asked], **settings)
+            for (path, image, prompt), result in zip(asked, results, strict=True):
                 entry = folder.add(path, prompt, image, result)
                 progress.say(_describe(entry, folder.folder))
-            progress(done + 1, len(arguments.images))
+            progress(first + len(pictures), len(arguments.images))
     print(f"results: {output.folder / RESULT}")
 
 

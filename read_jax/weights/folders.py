@@ -112,7 +112,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         partial.mkdir()
     except OSError as error:
         raise CheckpointError(f"cannot create {output}: {error.strerror or error}.") from error
-    with (partial / _LOCK).open("ab") as lock, _terminate_politely():
+    with (partial / _LOCK).open("ab") as lock, terminate_politely():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield partial
@@ -142,7 +142,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _terminate_politely() -> Iterator[None]:
+def terminate_politely() -> Iterator[None]:
     """Turn SIGTERM into SystemExit, so that clean-up runs; only the main thread may and needs to."""
     if threading.current_thread() is not threading.main_thread():
         yield
