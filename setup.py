@@ -19,7 +19,6 @@ CORE = [
     "numpy>=2.0",
     "ml_dtypes",  # bfloat16 in numpy
     "sentencepiece",  # the tokenizer the checkpoints were trained with (transformers 5's differs)
-    "safetensors>=0.5",
     "pillow>=13",  # 13 changed the order of resizing, hence single grey levels of what the model sees
     "pycocotools",  # COCO run-length masks
     "huggingface_hub",  # checkpoints named by id
@@ -37,6 +36,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist",
         "hypothesis",
+        "safetensors>=0.5",  # writes the files that ours are read against
         "transformers>=5",  # reference for CLIP and LLaMA
         "segment-anything==1.0",  # reference for SAM
     ],

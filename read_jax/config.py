@@ -125,8 +125,11 @@ class LlamaConfig(_Config):
         ):
             if key not in hf:
                 raise ConfigError(f"config.json has no {key!r}: is this a LLaMA-based checkpoint?")
-        if hf.get("rope_scaling"):
-            raise ConfigError(f"rope_scaling {hf['rope_scaling']!r} is not supported.")
+        # transformers 5 writes rope_parameters, earlier releases rope_theta and rope_scaling
+        rope = hf.get("rope_parameters") or {}
+        scaling = hf.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
+        if scaling.get("rope_type", scaling.get("type", "default" if not scaling else None)) != "default":
+            raise ConfigError(f"rope_scaling {scaling!r} is not supported; only plain rotary positions are.")
         if hf.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; LLaMA uses 'silu'.")
         if hf.get("attention_bias") or hf.get("mlp_bias"):
@@ -141,7 +144,7 @@ class LlamaConfig(_Config):
             num_kv_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(hf.get("rope_theta") or 10000.0),
+            rope_theta=float(hf.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             max_position_embeddings=hf.get("max_position_embeddings", 2048),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
         )
@@ -203,6 +206,8 @@ class ClipVisionConfig(_Config):
     def from_hf(cls, hf: Mapping[str, Any], select_layer: int = -2, select_feature: str = "patch") -> Self:
         """Read a CLIP `config.json`: of the vision model alone, or of the whole CLIP (`vision_config`)."""
         vision = hf.get("vision_config", hf)
+        if "vision_config" in hf or str(hf.get("model_type", "")).startswith("clip"):
+            vision = _CLIP_DEFAULTS | dict(vision)  # a nested configuration may hold only what differs
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if key not in vision:
                 raise ConfigError(f"the CLIP config.json has no {key!r}: is this a CLIP vision model?")
@@ -220,6 +225,14 @@ class ClipVisionConfig(_Config):
                 "select_feature": select_feature,
             }
         )
+
+
+_CLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,10 +339,9 @@ class SaspConfig(_Config):
         return cls(**SASP_PRESETS[name], continuous=continuous)
 
     @classmethod
-    def for_width(cls, hidden_size: int) -> Self | None:
-        """The preset of the published model of this language-model width, or None."""
-        name = {4096: "7b", 5120: "13b"}.get(hidden_size)
-        return cls.preset(name) if name else None
+    def preset_for_width(cls, hidden_size: int) -> str | None:
+        """Name of the preset of the published model of this language-model width, or None."""
+        return {4096: "7b", 5120: "13b"}.get(hidden_size)
 
 
 SASP_PRESETS: dict[str, dict[str, Any]] = {

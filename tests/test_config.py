@@ -190,6 +190,7 @@ def test_llama_takes_a_given_head_size():
     ("key", "value"),
     [
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"factor": 2.0}),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
@@ -356,12 +357,12 @@ def test_an_unknown_sasp_preset_lists_the_known_ones():
 
 @pytest.mark.parametrize(("width", "name"), [(4096, "7b"), (5120, "13b")])
 def test_sasp_settings_follow_from_the_width_of_the_language_model(width, name):
-    assert SaspConfig.for_width(width) == SaspConfig.preset(name)
+    assert SaspConfig.preset_for_width(width) == name
 
 
 @pytest.mark.parametrize("width", [64, 4095, 8192])
 def test_other_widths_have_no_published_sasp_settings(width):
-    assert SaspConfig.for_width(width) is None
+    assert SaspConfig.preset_for_width(width) is None
 
 
 # Values that disagree
@@ -462,3 +463,17 @@ def test_projector_depth(projector, depth):
 def test_configurations_cannot_be_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TINY.prompt_dim = 128  # type: ignore[misc]
+
+
+def test_llama_reads_rotary_settings_as_transformers_5_writes_them():
+    written = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    assert LlamaConfig.from_hf(written).rope_theta == 5e5
+    with pytest.raises(ConfigError, match=r"linear.*not supported"):
+        LlamaConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}})
+
+
+def test_clip_fills_in_what_a_nested_vision_config_leaves_out():
+    config = ClipVisionConfig.from_hf(
+        {"model_type": "clip", "vision_config": {"image_size": 336, "patch_size": 14}}
+    )
+    assert (config.hidden_size, config.num_layers, config.num_heads) == (768, 12, 12)

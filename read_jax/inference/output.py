@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,7 @@ class ResultFolder:
             pictures |= {f"mask{i + 1}": _mask_picture(mask) for i, mask in enumerate(result.masks)}
         if len(result.similarity):
             pictures["similarity"] = draw_similarity(
-                image, result.similarity[0], result.points[0], result.point_labels[0]
+                image, _square_map(result.similarity[0]), result.points[0], result.point_labels[0]
             )
         entry = {
             "image": source,
@@ -104,7 +105,7 @@ class ResultFolder:
             "masks": [mask_to_rle(mask) for mask in result.masks],
             "points": result.points.tolist(),
             "point_labels": result.point_labels.tolist(),
-            "iou": result.iou.tolist(),
+            "iou": [value if math.isfinite(value) else None for value in result.iou.tolist()],
             "timings": {key: round(value, 4) for key, value in result.timings.items()},
             "files": {kind: f"{name}_{kind}.png" for kind in pictures},
         }
@@ -155,6 +156,11 @@ def _earlier_files(folder: Path, overwrite: bool) -> list[Path]:
             f"{result} was not written by read-jax segment; it is not overwritten. Choose another folder."
         ) from None
     return [result, *(folder / name for name in names)]
+
+
+def _square_map(similarity: np.ndarray) -> np.ndarray:
+    """The values of the patches, without a class token before them."""
+    return similarity[-(math.isqrt(len(similarity)) ** 2) :]
 
 
 def _mask_picture(mask: np.ndarray) -> np.ndarray:

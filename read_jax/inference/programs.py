@@ -1,8 +1,8 @@
 """The compiled programs of inference, and the host arrays that go into them.
 
-Six programs, each with static shapes: encode, prefix, generate, gather, predict, tile. Image height and
-width are traced, so a new image size compiles nothing; questions, answers and batches are padded to a few
-bucket sizes.
+Encode, prefix, generate, gather, predict and tile answer questions; teacher_force serves tracing. All have
+static shapes: image height and width are traced, so a new image size compiles nothing; questions, answers
+and batches are padded to a few bucket sizes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Programs:
                 sampling=sampling,
             )
 
-        self._encode = program(Read.encode_images)
+        self._encode = program(partial(Read.encode_images, sam_one_by_one=True))
         self._prefix = program(Read.encode_prefix, static_argnums=3)
         self._generate = program(answer, static_argnums=5)
         self._gather = jax.jit(partial(_gather), static_argnums=(5, 6))

@@ -35,12 +35,15 @@ def prepare_prompt(
     return split_prompt(tokenizer.encode(text), config)
 
 
-def split_prompt(ids: Sequence[int], config: ReadConfig) -> PreparedPrompt:
-    """Expand the image placeholder and cut after the image; raises `PromptError` beyond the context."""
+def split_prompt(ids: Sequence[int], config: ReadConfig, room: int = 1) -> PreparedPrompt:
+    """Expand the image placeholder and cut after the image.
+
+    Raises `PromptError` when fewer than `room` tokens of the context are left after it.
+    """
     count = config.clip.num_image_tokens
     expanded, start = expand_image_placeholder(ids, count)
     context = config.llama.max_position_embeddings
-    if len(expanded) >= context:
+    if len(expanded) + room > context:
         raise PromptError(
             f"the prompt is {len(expanded)} tokens long, {count} of them the picture, and leaves no room "
             f"for an answer in the model's context of {context}; shorten the question."

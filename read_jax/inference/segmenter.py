@@ -19,12 +19,12 @@ from read_jax.geometry import ImageGeometry, image_geometry, stack_geometries
 from read_jax.images.decode import read_image
 from read_jax.images.preprocess import clip_crop, sam_resize
 from read_jax.inference.programs import Programs, bucket
-from read_jax.inference.request import PreparedPrompt, check_sampling, prepare_prompt, split_prompt
+from read_jax.inference.request import PreparedPrompt, check_sampling, prepare_prompt
 from read_jax.inference.tracing import trace_answer
 from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
 from read_jax.text.conversation import Template, get_template
 from read_jax.text.tokenizer import Tokenizer
-from read_jax.weights.checkpoint import load_config, load_params
+from read_jax.weights.checkpoint import UPSTREAM, flatten, load_config, load_params
 
 Image = Any
 """A path, encoded bytes, a PIL image, or a uint8 array [h, w, 3]."""
@@ -84,9 +84,8 @@ def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
         raise ConfigError(f"dtype must be 'float32' or 'bfloat16', not {dtype!r}.")
     model_dir = Path(model_dir).expanduser()
     config = load_config(model_dir)
-    tokenizer = Tokenizer.load(model_dir / "upstream")  # quick to fail, so before the weights
-    tree = load_params(model_dir, dtype=dtype)
-    leaves = {".".join(path): leaf for path, leaf in _flatten(tree)}
+    tokenizer = Tokenizer.load(model_dir / UPSTREAM)  # quick to fail, so before the weights
+    leaves = flatten(load_params(model_dir, dtype=dtype))
     kind = next(iter(leaves.values())).dtype
     model = nnx.eval_shape(lambda: Read(config, dtype=kind, param_dtype=kind, rngs=nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
@@ -108,12 +107,6 @@ def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
     return Segmenter(config, graphdef, nnx.from_flat_state(flat), tokenizer)
 
 
-def _flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    if not isinstance(tree, Mapping):
-        return [(path, tree)]
-    return [leaf for key, branch in tree.items() for leaf in _flatten(branch, (*path, str(key)))]
-
-
 class Segmenter:
     """Answers questions about pictures with text, masks and points.
 
@@ -124,6 +117,8 @@ class Segmenter:
         graphdef, params: `nnx.split` of a `Read`.
         tokenizer: with [SEG] among its tokens.
         images_per_batch: pictures that go through the device together.
+        rows_per_batch: answers that are decoded together, and [SEG] tokens whose masks are made together.
+            Memory grows with it: a READ-7B row of 512 new tokens holds 0.3 GB of keys and values.
     """
 
     def __init__(
@@ -134,6 +129,7 @@ class Segmenter:
         tokenizer: Tokenizer,
         *,
         images_per_batch: int | None = None,
+        rows_per_batch: int = 32,
     ):
         self.config = config
         self.tokenizer = tokenizer
@@ -141,7 +137,10 @@ class Segmenter:
             images_per_batch = 1 if jax.default_backend() == "cpu" else 8
         if images_per_batch < 1:
             raise ValueError(f"images_per_batch must be at least 1, not {images_per_batch}.")
+        if rows_per_batch < images_per_batch:
+            raise ValueError(f"rows_per_batch must be at least images_per_batch, not {rows_per_batch}.")
         self.images_per_batch = images_per_batch
+        self.rows_per_batch = rows_per_batch
         self.seg_id = tokenizer.seg_id
         exact = jax.tree.leaves(params)[0].dtype == jnp.float32
         self.programs = Programs(graphdef, params, end_id=tokenizer.eos_id, exact=exact)
@@ -194,13 +193,20 @@ class Segmenter:
         for index, (image, _) in enumerate(requests):
             groups.setdefault(_identity(image), []).append(index)
         results: dict[int, Segmentation] = {}
-        members = list(groups.values())
+        members = sorted(groups.values(), key=len)  # pictures with as many questions go together
+        sampling = (temperature, top_p, seed) if temperature else None
         for first in range(0, len(members), self.images_per_batch):
             chunk = members[first : first + self.images_per_batch]
             images = [self.prepare_image(requests[group[0]][0]) for group in chunk]
-            sampling = (temperature, top_p, seed) if temperature else None
-            answers = self._answer(images, [[prompts[i] for i in g] for g in chunk], max_new_tokens, sampling)
-            results.update(zip([i for group in chunk for i in group], answers, strict=True))
+            clock = _Clock()
+            encoded = self.encode(images, prompts[chunk[0][0]])
+            clock.lap("encode", encoded)
+            together = max(self.rows_per_batch // bucket(len(images)), 1)  # questions of each picture
+            for start in range(0, max(map(len, chunk)), together):
+                turn = [group[start : start + together] for group in chunk]
+                asked = [[prompts[i] for i in group] for group in turn]
+                answers = self._answer(images, encoded, asked, max_new_tokens, sampling, clock)
+                results.update(zip([i for group in turn for i in group], answers, strict=True))
         return [results[index] for index in range(len(requests))]
 
     def trace(
@@ -226,10 +232,6 @@ class Segmenter:
     def prepare_prompt(self, prompt: str, template: str | Template) -> PreparedPrompt:
         """Tokens of an open prompt; raises `PromptError`."""
         return prepare_prompt(prompt, template, self.config, self.tokenizer)
-
-    def split_prompt(self, ids: Sequence[int]) -> PreparedPrompt:
-        """Expand the image placeholder and cut after the image; raises `PromptError` beyond the context."""
-        return split_prompt(ids, self.config)
 
     def encode(self, images: Sequence[PreparedImage], prefix: PreparedPrompt) -> tuple[ImageFeatures, Prefix]:
         """Encoders and shared prefix of a batch of images (padded to a bucket by repeating the last)."""
@@ -257,16 +259,15 @@ class Segmenter:
     def _answer(
         self,
         images: Sequence[PreparedImage],
+        encoded: tuple[ImageFeatures, Prefix],
         prompts: Sequence[Sequence[PreparedPrompt]],
         max_new_tokens: int,
         sampling: tuple[float, float, int] | None,
+        clock: _Clock,
     ) -> list[Segmentation]:
         """Answers to the questions about each of a batch of images, image by image."""
-        clock = _Clock()
-        first = prompts[0][0]
-        features, prefix = self.encode(images, first)
-        clock.lap("encode", prefix)
-
+        features, prefix = encoded
+        first = next(prompt for group in prompts for prompt in group)
         longest = max(len(prompt.question) for group in prompts for prompt in group)
         shape = bucket(len(images)), bucket(max(map(len, prompts)))
         ids = np.zeros((*shape, bucket(longest, 32)), np.int32)
@@ -311,7 +312,7 @@ class Segmenter:
                     similarity=fields["similarity"][rows],
                     iou=fields["iou"][rows],
                     output_ids=out,
-                    timings=clock.laps,
+                    timings=dict(clock.laps),
                 )
             )
         return answers
@@ -326,27 +327,24 @@ class Segmenter:
         prompt: PreparedPrompt,
     ) -> dict[str, Any]:
         """Host arrays for the R [SEG] tokens at `at`; masks as a list, since sizes differ."""
-        if not len(at):
-            points = self.config.sasp.num_points if self.config.sasp.enabled else 0
-            return {
-                "masks": [],
-                "points": np.zeros((0, points, 2), np.float32),
-                "labels": np.zeros((0, points), np.int32),
-                "similarity": np.zeros((0, self.config.clip.num_image_tokens), np.float32),
-                "iou": np.zeros((0,), np.float32),
-            }
-        out = self.predict(states, at, images, features, prefix, prompt.image_start)
-        masks = [
-            self.programs.mask(out.low_res_masks[row], images[b].geometry) > 0
-            for row, (b, _, _) in enumerate(at)
-        ]
-        return {
-            "masks": masks,
-            "points": np.asarray(out.points.points)[: len(at)],
-            "labels": np.asarray(out.points.labels)[: len(at)],
-            "similarity": np.asarray(out.similarity)[: len(at)],
-            "iou": np.asarray(out.iou, np.float32)[: len(at)],
+        sasp = self.config.sasp
+        points = sasp.num_points if sasp.enabled else 0
+        masks: list[np.ndarray] = []
+        parts = {
+            "points": [np.zeros((0, points, 2), np.float32)],
+            "labels": [np.zeros((0, points), np.int32)],
+            "similarity": [np.zeros((0, self.config.clip.num_image_tokens), np.float32)],
+            "iou": [np.zeros((0,), np.float32)],
         }
+        for first in range(0, len(at), self.rows_per_batch):
+            rows = at[first : first + self.rows_per_batch]
+            out = self.predict(states, rows, images, features, prefix, prompt.image_start)
+            for row, (b, _, _) in enumerate(rows):
+                masks.append(self.programs.mask(out.low_res_masks[row], images[b].geometry) > 0)
+            found = (out.points.points, out.points.labels, out.similarity, out.iou)
+            for part, values in zip(parts.values(), found, strict=True):
+                part.append(np.asarray(values)[: len(rows)].astype(part[0].dtype))
+        return {"masks": masks} | {name: np.concatenate(part) for name, part in parts.items()}
 
 
 class _Clock:

@@ -38,6 +38,7 @@ import numpy as np
 
 from read_jax.geometry import sasp_geometry
 from read_jax.inference.programs import bucket
+from read_jax.inference.request import split_prompt
 from read_jax.models.clip import normalize_clip
 from read_jax.models.sam.image_encoder import normalize_sam
 from read_jax.text.conversation import check_question, get_template, open_prompt, render
@@ -63,7 +64,7 @@ def trace_answer(
         ids = tokenizer.encode(render([(question, answer)], template, config.use_im_start_end))
 
     picture = segmenter.prepare_image(image)
-    cut = segmenter.split_prompt(ids)
+    cut = split_prompt(ids, config, room=0)
     features, prefix = segmenter.encode([picture], cut)
     own = np.zeros((1, 1, bucket(len(cut.question), 32)), np.int32)
     own[0, 0, : len(cut.question)] = cut.question
@@ -131,7 +132,7 @@ def _mask_stages(
         "sasp_grid_hw": np.tile([grid.grid_height, grid.grid_width], (len(seg), 1)),
         "sasp_image_hw": np.tile([height, width], (len(seg), 1)),
         "sparse_embeddings": rows(predicted.sparse_embeddings),
-        "dense_embedding_vector": _host(predicted.dense_embeddings)[0, 0, 0],
+        "dense_embedding_vector": _host(predicted.dense_embedding),
         "low_res_masks": rows(predicted.low_res_masks),
         "iou_pred": rows(predicted.iou)[:, None],
         "mask_logits": mask_logits,

@@ -71,7 +71,7 @@ def prefix_attention(q: Array, prefix_k: Array, prefix_v: Array, k: Array, v: Ar
 
 
 def _plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, scale: float | None) -> Array:
-    """All scores at once; XLA fuses this form into its own flash kernel on TPU."""
+    """All scores at once."""
     scores = _scores(q, k, scale)  # [B, H, T, S]
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)

@@ -135,9 +135,15 @@ class Llama(nnx.Module):
         return self.embed_tokens(ids)
 
     def logits(self, states: Array) -> Array:
-        """Final states [..., D] -> float32 logits [..., V]."""
-        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
-        return head(states).astype(jnp.float32)
+        """Final states [..., D] -> float32 logits [..., V], accumulated and kept in float32.
+
+        (In bfloat16 the original rounds them, which makes ties between the likeliest tokens.)
+        """
+        if self.config.tie_word_embeddings:
+            head, product = self.embed_tokens.embedding[...], "...d,vd->...v"
+        else:
+            head, product = self.lm_head.kernel[...], "...d,dv->...v"
+        return jnp.einsum(product, states, head.astype(states.dtype), preferred_element_type=jnp.float32)
 
     def __call__(
         self, x: Array, positions: Array, *, prefix: KeyValues | None = None, remat: bool = False

@@ -55,6 +55,7 @@ class MaskPrediction(NamedTuple):
 
     pred_embedding: [R, C]; similarity: float32 [R, N]; points: `SaspPoints` with a leading [R];
     point_coords: [R, P, 2] in the SAM-1024 frame; sparse_embeddings: [R, tokens, C];
+    dense_embedding: [C], the dense prompt (without a mask prompt it is constant over rows and grid);
     low_res_masks: [R, 4g, 4g]; iou: [R].
     """
 
@@ -63,7 +64,7 @@ class MaskPrediction(NamedTuple):
     points: SaspPoints
     point_coords: Array
     sparse_embeddings: Array
-    dense_embeddings: Array
+    dense_embedding: Array
     low_res_masks: Array
     iou: Array
 
@@ -125,7 +126,13 @@ class Read(nnx.Module):
         self.sam = Sam(config.sam, **kinds)
 
     def encode_images(
-        self, clip_pixels: Array, sam_pixels: Array, sam_heights: Array, sam_widths: Array
+        self,
+        clip_pixels: Array,
+        sam_pixels: Array,
+        sam_heights: Array,
+        sam_widths: Array,
+        *,
+        sam_one_by_one: bool = False,
     ) -> ImageFeatures:
         """Run both vision encoders.
 
@@ -133,13 +140,16 @@ class Read(nnx.Module):
             clip_pixels: uint8 [B, 336, 336, 3], the resized central square.
             sam_pixels: uint8 [B, 1024, 1024, 3], resized, padded on the right and bottom.
             sam_heights, sam_widths: [B] the part of `sam_pixels` that is picture.
+            sam_one_by_one: SAM's encoder takes the pictures in turn: one fills an accelerator, and a
+                batch would hold the scores of its global attention (1 GB a picture for ViT-H) at once.
         """
+        sam_input = normalize_sam(sam_pixels, sam_heights, sam_widths)
+        if sam_one_by_one:
+            image_embedding = jax.lax.map(lambda x: self.sam.image_encoder(x[None])[0], sam_input)
+        else:
+            image_embedding = self.sam.image_encoder(sam_input)
         clip_features = self.clip(normalize_clip(clip_pixels))
-        return ImageFeatures(
-            clip_features,
-            self.projector(clip_features),
-            self.sam.image_encoder(normalize_sam(sam_pixels, sam_heights, sam_widths)),
-        )
+        return ImageFeatures(clip_features, self.projector(clip_features), image_embedding)
 
     def encode_prefix(self, ids: Array, image_tokens: Array, image_start: int) -> Prefix:
         """Run the language model over the prefix.
@@ -193,5 +203,5 @@ class Read(nnx.Module):
             image_embedding, self.sam.prompt_encoder.dense_pe(), sparse, dense
         )
         return MaskPrediction(
-            pred_embedding, similarity, points, coords, sparse, dense, low_res[:, 0], iou[:, 0]
+            pred_embedding, similarity, points, coords, sparse, dense[0, 0, 0], low_res[:, 0], iou[:, 0]
         )

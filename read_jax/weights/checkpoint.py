@@ -168,9 +168,16 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract_params(record.config, stored if dtype is None else dtype, shardings)
-    with ocp.StandardCheckpointer() as checkpointer:
+    # arrays are read a few at a time: Orbax's default has the whole model in host memory at once
+    largest = max(math.prod(leaf.shape) for leaf in model_leaves(record.config).values())
+    budget = max(4, math.ceil(4 * largest / 1e9))  # GB; below the largest leaf it would never start
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, restore_concurrent_gb=budget)
+    with ocp.Checkpointer(handler) as checkpointer:
         try:
-            return checkpointer.restore(folder, target)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+            return checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+            )
         except (OSError, ValueError) as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{folder} could not be restored: {line}") from error

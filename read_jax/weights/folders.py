@@ -116,7 +116,9 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield partial
-            for folder, _, _ in os.walk(partial):
+            for folder, _, files in os.walk(partial):
+                for name in files if output.exists() else ():
+                    fsync(Path(folder, name))  # what is replaced must not be lost to a power failure
                 fsync(Path(folder))
             old = (
                 output.parent / f"{_hidden(output, _OLD)}{uuid.uuid4().hex[:8]}" if output.exists() else None

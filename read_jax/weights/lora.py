@@ -21,6 +21,7 @@ from read_jax.weights.engine import is_floating, nearest
 from read_jax.weights.sources import Tensor
 
 PREFIX = "base_model.model."
+_BESIDE = "non_lora_trainables.bin"  # LLaVA saves there what it trained fully, beside the adapter
 _WHAT = "LoRA adapter"
 # options of PEFT that change what the stored tensors mean
 _UNSUPPORTED = (
@@ -79,7 +80,7 @@ def open_adapter(name: str | Path, alpha: float | None = None) -> Adapter:
     alpha: LoRA's alpha where no adapter_config.json states it; twice the rank (the original's choice)
     when neither does. Raises `CheckpointError`.
     """
-    patterns = ("adapter_config.json", "adapter_model.*", "pytorch_model*.bin", "*.index.json")
+    patterns = ("adapter_config.json", "adapter_model.*", _BESIDE, "pytorch_model*.bin", "*.index.json")
     path = sources.resolve(name, _WHAT, patterns)
     config: dict[str, Any] = {}
     if path.is_file():
@@ -94,6 +95,8 @@ def open_adapter(name: str | Path, alpha: float | None = None) -> Adapter:
                 f"{_WHAT}: {path} has neither adapter_model.safetensors nor adapter_model.bin."
             )
         tensors = sources.open_file(file, _WHAT)
+        if (path / _BESIDE).is_file():
+            tensors = {**sources.open_file(path / _BESIDE, _WHAT), **tensors}
     else:
         tensors = sources.open_folder(path, _WHAT)
     weights, halves = _split(tensors, path)
@@ -128,8 +131,7 @@ def _split(
         if not key.startswith(PREFIX):
             raise CheckpointError(
                 f"{_WHAT}: {path} holds {key}, which does not start with {PREFIX!r}: it is not an "
-                "adapter. Pass "
-                "a merged checkpoint as the source instead."
+                "adapter. Pass a merged checkpoint as the source instead."
             )
         name = key.removeprefix(PREFIX)
         half = re.fullmatch(r"(.+)\.lora_([AB])(?:\.(?!weight$)[^.]+)?\.weight", name)

@@ -55,7 +55,8 @@ def make_plan(
     """Open everything, work out the configuration, and settle the ledger. Raises `CheckpointError`."""
     folder = sources.resolve(source, _SOURCE)
     tower = sources.resolve(vision_tower, _TOWER, _TOWER_PATTERNS)
-    hf = sources.read_json(folder / "config.json", _SOURCE)
+    stated = sources.read_json(folder / "config.json", _SOURCE)
+    hf = {key: value for key, value in stated.items() if value is not None}  # null: not said
     base = sources.open_folder(folder, _SOURCE)
     warnings: list[str] = []
     read = dict(base)
@@ -267,11 +268,11 @@ def _choose_sasp(
     classes = [str(c) for c in hf.get("architectures") or ()]
     if any(c.upper().startswith(("SESAME", "LISA")) for c in classes):
         return SaspConfig.preset("off"), f"off (config.json names {classes[0]}, trained without points)"
-    points = SaspConfig.for_width(llama.hidden_size)
-    if points is None:
+    preset = SaspConfig.preset_for_width(llama.hidden_size)
+    if preset is None:
         raise CheckpointError(
             f"the SasP settings of a language model {llama.hidden_size} wide are not known; choose with "
             f"--sasp: {', '.join(SASP_PRESETS)}."
         )
-    preset = {4096: "7b", 5120: "13b"}[llama.hidden_size]
-    return points, f"{preset} (by width {llama.hidden_size}; for a model trained without points choose 'off')"
+    why = f"by width {llama.hidden_size}; for a model trained without points choose 'off'"
+    return SaspConfig.preset(preset), f"{preset} ({why})"

@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import read_jax
 from read_jax.config import SaspConfig
 from read_jax.weights import convert
 from tests.inference.torch_reference import TorchRead
 from tests.models.parameters import assert_close
-from tests.models.sasp_reference import margin
+from tests.models.sasp_reference import normalised_grid, padded, padding, thresholds
 from tests.weights.synthetic import Sizes, moderate, write_clip, write_read_checkpoint
 
 QUESTION, ANSWER = "where is the red fox in the picture?", "sure, it is [SEG] beside the house."
 TWO_MASKS = "sure, it is [SEG] beside [SEG]."
 NEW_TOKENS = 8
+LEAD = 1e-3  # of a logit over the next; they are around 1
 MARGIN = 1e-5  # of a normalised similarity map, in which rounding makes less than 1e-6
 CLOSE = (
     "clip_pixel_values", "sam_input", "clip_features", "projector_output", "image_embedding", "last_hidden",
@@ -37,11 +39,11 @@ CLOSE_POINTS = ("points_continuous", "point_coords_1024")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An architecture drawn from `seed` but for what is fixed, and the pictures (height, width) to try."""
+    """What is fixed of an architecture drawn from `seed`, and the pictures (height, width, seed) to try."""
 
     name: str
     seed: int
-    pictures: tuple[tuple[int, int], ...]
+    pictures: tuple[tuple[int, int, int], ...]
     kind: str = "read"
     preset: str = "7b"
     continuous: bool = True
@@ -52,34 +54,29 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# one architecture for both ablations of the points: what is compiled for one serves the other
+ABLATION: dict[str, Any] = {"seed": 4, "options": {"mm_projector_type": "mlp3x_gelu"}, "answer": TWO_MASKS}
 CASES = [
     Case(
         "13b-points-grouped-query-tied",
-        seed=1,
-        pictures=((321, 430), (60, 47)),
+        seed=3,
+        pictures=((321, 430, 1), (60, 47, 0)),
         preset="13b",
-        answer=TWO_MASKS,
         sizes={"heads": 6, "kv_heads": 2},
         options={"tie_word_embeddings": True},
     ),
     Case(
         "lisa-linear-projector-last-clip-layer",
-        seed=2,
-        pictures=((450, 376), (37, 53)),
+        seed=3,
+        pictures=((450, 376, 0), (37, 53, 1)),
         kind="lisa",
         preset="off",
         clip_side=224,
         conversation="llava_llama_2",
         options={"mm_vision_select_layer": -1},
     ),
-    Case(
-        "discrete-points",
-        seed=3,
-        pictures=((376, 376), (500, 333)),
-        continuous=False,
-        options={"mm_projector_type": "mlp3x_gelu"},
-    ),
-    Case("points-of-the-paper", seed=4, pictures=((355, 640), (53, 37)), preset="paper"),
+    Case("discrete-points", pictures=((376, 376, 0), (500, 333, 21)), continuous=False, **ABLATION),
+    Case("points-of-the-paper", pictures=((355, 640, 4), (53, 37, 10)), preset="paper", **ABLATION),
 ]
 
 
@@ -94,8 +91,8 @@ def draw_sizes(case: Case) -> tuple[Sizes, dict[str, Any], dict[str, Any]]:
     heads, clip_heads, sam_heads = one_of(2, 3, 4), one_of(1, 2, 3), one_of(1, 2)
     sam_dim = 16 * sam_heads
     sizes = {
-        "hidden": one_of(24, 32, 36),
-        "layers": one_of(1, 2, 3),
+        "hidden": one_of(24, 36, 48),
+        "layers": one_of(2, 3),
         "heads": heads,
         "kv_heads": one_of(1, heads),
         "head_dim": one_of(6, 8, 12),
@@ -131,6 +128,24 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
     return np.clip(patches + rng.integers(-20, 21, patches.shape), 0, 255).astype(np.uint8)
 
 
+def rounding_margin(similarity: np.ndarray, height: int, width: int, config: SaspConfig) -> float:
+    """How far the chosen points are from being others, in units of the normalised map.
+
+    The smallest gap between values whose order matters, or between a value and a threshold that matters.
+    """
+    side = round(similarity.size**0.5)
+    square = normalised_grid(torch.from_numpy(similarity).double().reshape(side, side), config)
+    high, low = thresholds(square.numpy(), config)
+    grid = padded(square, padding(height, width, len(square)), -1.0).numpy()
+    values = grid[grid >= 0]
+    positive = np.sort(values[values >= high])[::-1][: config.num_points + 1]
+    gaps = [np.abs(np.diff(positive))]
+    if len(positive) <= config.num_points:  # negatives are reached
+        negative = np.sort(values[values <= low])[: config.num_points + 1 - len(positive)]
+        gaps += [np.diff(negative), np.abs(values - high), np.abs(values - low)]
+    return float(np.concatenate(gaps).min())
+
+
 @dataclasses.dataclass(frozen=True)
 class Models:
     """A case's model, ours and theirs."""
@@ -141,7 +156,7 @@ class Models:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
-def models(request, tmp_path_factory) -> Models:
+def models(request, compilation_cache, tmp_path_factory) -> Models:
     case: Case = request.param
     folder: Path = tmp_path_factory.mktemp(case.name)
     sizes, options, clip_options = draw_sizes(case)
@@ -174,36 +189,33 @@ def models(request, tmp_path_factory) -> Models:
 
 
 def test_every_stage_equals_the_composition_of_the_torch_parts(models):
-    case = models.case
-    for number, (height, width) in enumerate(case.pictures):
-        image = picture(height, width, case.seed + number)
+    case, sasp = models.case, models.theirs.sasp
+    for height, width, seed in case.pictures:
+        image = picture(height, width, seed)
         ours = models.ours.trace(image, QUESTION, case.answer, case.conversation)
         theirs = models.theirs.trace(image, QUESTION, case.answer, case.conversation)
-        if models.theirs.sasp.enabled:  # the choice of points may not hang on rounding
-            gaps = [margin(similarity, models.theirs.sasp) for similarity in theirs["similarity"]]
-            assert min(gaps) > MARGIN, f"choose another seed: points depend on differences of {gaps}"
-        assert 0 < theirs["mask"].mean() < 1, "choose another seed: a mask is all or nothing"
+        if sasp.enabled:
+            margin = min(rounding_margin(s, height, width, sasp) for s in theirs["similarity"])
+            assert margin > MARGIN, f"choose another picture: points hang on a difference of {margin:.2g}"
 
-        points = models.theirs.sasp.enabled
-        for name in EQUAL + EQUAL_POINTS * points:
+        for name in EQUAL + EQUAL_POINTS * sasp.enabled:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{name} at {height}x{width}")
-        for name in CLOSE + CLOSE_POINTS * points:
-            print(case.name, (height, width), name, relative(ours[name], theirs[name]))
+        for name in CLOSE + CLOSE_POINTS * sasp.enabled:
             assert_close(ours[name], theirs[name])
-        for a, b in zip(ours["mask"], theirs["mask"], strict=True):
-            assert (a & b).sum() >= 0.999 * (a | b).sum()
+        np.testing.assert_array_equal(ours["mask"], ours["mask_logits"] > 0)
+        # random weights often give all or nothing at 0, so also at the level that takes half the picture
+        for a, b in zip(ours["mask_logits"], theirs["mask_logits"], strict=True):
+            for level in (0.0, np.median(b)):
+                both, either = (a > level) & (b > level), (a > level) | (b > level)
+                assert both.sum() >= 0.999 * either.sum()
 
 
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
+@pytest.mark.parametrize("models", CASES[:3], ids=[case.name for case in CASES[:3]], indirect=True)
 def test_generation_equals_greedy_decoding_that_recomputes_everything(models):
     case = models.case
-    image = picture(*case.pictures[0], case.seed)
+    image = picture(*case.pictures[0])
     expected, lead = models.theirs.generate(image, QUESTION, case.conversation, NEW_TOKENS)
-    assert lead > 1e-3, f"choose another seed: a token leads by {lead}"
+    assert lead > LEAD, f"choose another picture: a token leads by {lead:.2g}"
+    assert len(set(expected)) > 1, "choose another seed: a single token says little about positions"
     result = models.ours.segment(image, QUESTION, case.conversation, NEW_TOKENS)
-    print(expected)
     np.testing.assert_array_equal(result.output_ids, expected)

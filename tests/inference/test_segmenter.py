@@ -177,6 +177,14 @@ def test_pictures_may_go_through_the_device_together(segmenter, image, monkeypat
         assert_same(one, other)
 
 
+def test_more_questions_than_rows_are_answered_in_turns(segmenter, image, monkeypatch):
+    requests = [(image, question) for question in (TWO, ONE, NONE, TWO, ONE)]
+    together = segmenter.segment_batch(requests, max_new_tokens=LIMIT)
+    monkeypatch.setattr(segmenter, "rows_per_batch", 2)
+    for one, other in zip(segmenter.segment_batch(requests, max_new_tokens=LIMIT), together, strict=True):
+        assert_same(one, other)
+
+
 def test_questions_about_one_picture_share_its_encoding(segmenter, image, monkeypatch):
     seen = []
     encode = segmenter.programs.encode

@@ -32,8 +32,8 @@ SIDE = 1024
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 PROMPTS = {
-    "llava_v1": "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the human's questions. USER: {} ASSISTANT:",
+    "llava_v1": "A chat between a curious human and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the human's questions. USER: {} ASSISTANT:",
     "llava_llama_2": "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to "
     "understand the visual content that the user provides, and assist the user with a variety of tasks using "
     "natural language.\n<</SYS>>\n\n{} [/INST]",
@@ -55,7 +55,10 @@ class TorchRead:
     def __init__(self, checkpoint: Path, clip: Path, sizes: Sizes, sasp: SaspConfig):
         self.sasp, self.hf = sasp, json.loads((checkpoint / "config.json").read_text())
         state = read_state(checkpoint)
-        self._projector, self._text = child(state, "model.mm_projector."), child(state, "model.text_hidden_fcs.0.")
+        self._projector, self._text = (
+            child(state, "model.mm_projector."),
+            child(state, "model.text_hidden_fcs.0."),
+        )
         self._tokens = json.loads((checkpoint / "added_tokens.json").read_text())
         self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))
         self.seg_id, self.end_id = self._tokens["[SEG]"], 2
@@ -66,7 +69,9 @@ class TorchRead:
         self.llama = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**known, attn_implementation="eager")
         ).eval()
-        language = {k: v for k, v in state.items() if re.match(r"model\.(embed_tokens|layers|norm)\.|lm_head", k)}
+        language = {
+            k: v for k, v in state.items() if re.match(r"model\.(embed_tokens|layers|norm)\.|lm_head", k)
+        }
         if self.hf["tie_word_embeddings"]:
             language["lm_head.weight"] = language["model.embed_tokens.weight"]
         self.llama.load_state_dict(language)
@@ -84,7 +89,7 @@ class TorchRead:
         self.sam.load_state_dict(child(state, "model.visual_model."))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text whose `<image>` becomes -200; the added tokens swallow the space beside them."""
+        """Token ids of a text whose `<image>` becomes -200; added tokens swallow the space beside them."""
         ids = [1]
         parts = re.split(r"(<image>|\[SEG\]|<im_start>|<im_end>|</s>)", text)
         for i, part in enumerate(parts):
@@ -151,7 +156,9 @@ class TorchRead:
         rows = [self._mask(out, states[i], states[at : at + count]) for i in seg]
         return out | {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
 
-    def _mask(self, seen: Mapping[str, Any], state: torch.Tensor, image_states: torch.Tensor) -> dict[str, Any]:
+    def _mask(
+        self, seen: Mapping[str, Any], state: torch.Tensor, image_states: torch.Tensor
+    ) -> dict[str, Any]:
         """From one [SEG] state to its mask."""
         hidden = F.relu(F.linear(state, self._text["0.weight"], self._text["0.bias"]))
         text = F.linear(hidden, self._text["2.weight"], self._text["2.bias"])
@@ -177,7 +184,12 @@ class TorchRead:
         )
         resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
         logits = resize(resize(low_res, (SIDE, SIDE))[..., :sam_h, :sam_w], (h, w))[0, 0]
-        return out | {"low_res_masks": low_res[0, 0], "iou_pred": iou[0], "mask_logits": logits, "mask": logits > 0}
+        return out | {
+            "low_res_masks": low_res[0, 0],
+            "iou_pred": iou[0],
+            "mask_logits": logits,
+            "mask": logits > 0,
+        }
 
     @torch.no_grad()
     def generate(

@@ -22,9 +22,7 @@ def random_transformers_llama(seed: int, **config) -> tuple[transformers.LlamaFo
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.1).add_(1.0 if parameter.ndim == 1 else 0.0)
-    known = hf.to_dict()
-    rope = known.pop("rope_scaling", None) or known.pop("rope_parameters", None) or {}
-    return model, LlamaConfig.from_hf(known | {"rope_theta": rope.get("rope_theta", known.get("rope_theta"))})
+    return model, LlamaConfig.from_hf(hf.to_dict())
 
 
 def copied(model: transformers.LlamaForCausalLM, config: LlamaConfig) -> Llama:

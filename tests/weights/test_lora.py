@@ -67,6 +67,13 @@ def test_modules_to_save_replace_the_base(base, tmp_path, middle):
     assert torch.equal(merged(base, adapter, tmp_path)["lm_head.weight"], head)
 
 
+def test_what_llava_trained_fully_beside_the_adapter_replaces_the_base(base, tmp_path):
+    adapter = write_peft_adapter(tmp_path / "a")
+    weight = torch.full_like(read_state(base[0])["model.mm_projector.0.weight"], 0.25)
+    torch.save({"base_model.model.model.mm_projector.0.weight": weight}, adapter / "non_lora_trainables.bin")
+    assert torch.equal(merged(base, adapter, tmp_path)["model.mm_projector.0.weight"], weight)
+
+
 def test_a_zero_to_fp32_file_replaces_everything_and_is_merged(base, tmp_path):
     trained = {k: v + 1 if "inv_freq" not in k else v for k, v in read_state(base[0]).items()}
     file = write_zero_to_fp32(tmp_path / "pytorch_model.bin", trained, clip=read_state(base[1]))

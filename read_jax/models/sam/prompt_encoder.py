@@ -55,7 +55,8 @@ class PromptEncoder(nnx.Module):
         def table(*shape: int) -> nnx.Param:
             return nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), shape, param_dtype))
 
-        # float32 whatever param_dtype is: it multiplies coordinates into phases of tens of radians.
+        # float32 by default: it multiplies coordinates into phases of tens of radians (a bfloat16
+        # checkpoint brings its own, already rounded by whoever saved it).
         frequencies = nnx.initializers.normal(1.0)(rngs.params(), (2, width // 2), jnp.float32)
         self.gaussian_matrix = nnx.Param(frequencies)
         self.point_embeddings = table(4, width)
