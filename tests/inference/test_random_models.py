@@ -203,9 +203,10 @@ def test_every_stage_equals_the_composition_of_the_torch_parts(models):
         for name in CLOSE + CLOSE_POINTS * sasp.enabled:
             assert_close(ours[name], theirs[name])
         np.testing.assert_array_equal(ours["mask"], ours["mask_logits"] > 0)
-        # random weights often give all or nothing at 0, so also at the level that takes half the picture
+        # random weights give nearly all or nothing at 0, so also at the level that takes half the picture
         for a, b in zip(ours["mask_logits"], theirs["mask_logits"], strict=True):
-            for level in (0.0, np.median(b)):
+            middle = np.sort(b, axis=None)[b.size // 2 - 1 : b.size // 2 + 1].mean()  # between two pixels
+            for level in (0.0, middle):
                 both, either = (a > level) & (b > level), (a > level) | (b > level)
                 assert both.sum() >= 0.999 * either.sum()
 
