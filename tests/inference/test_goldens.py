@@ -107,3 +107,17 @@ def test_generation_equals_the_original(sample, goldens, segmenter, index):
         np.testing.assert_array_equal(result.point_labels[0], golden[f"gen{j}_points_labels"])
         np.testing.assert_allclose(result.points[0], golden[f"gen{j}_points_continuous"], atol=2e-3)
         assert_close(result.iou[0], golden[f"gen{j}_iou_pred"][0])
+
+
+def test_bfloat16_answers_alike(goldens, segmenter, index, tmp_path_factory):
+    """With 8 significant bits: the same words, similarity within 3 %, masks IoU >= 0.95 of float32's."""
+    tiny, entry = goldens / "tiny-a", index["s2"]
+    folder = tmp_path_factory.mktemp("bfloat16") / "tiny-a"
+    convert(tiny / "checkpoint", tiny / "clip", folder, sasp="7b", dtype="bfloat16")
+    rough = read_jax.load(folder)
+    questions = [(tiny / entry["image"], expected["question"]) for expected in entry["generation"]]
+    exact, close = segmenter.segment_batch(questions), rough.segment_batch(questions)
+    for ours, reference, expected in zip(close, exact, entry["generation"], strict=True):
+        assert ours.text == expected["decoded"]
+        assert_close(ours.similarity, reference.similarity, 3e-2)
+        assert iou(ours.masks, reference.masks) >= 0.95
