@@ -43,6 +43,13 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _wording(hint: Any) -> str:
+    """An annotation in words, for an error."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
 class _Config:
     """JSON round trip and checking, shared by all the configurations."""
 
@@ -64,8 +71,7 @@ class _Config:
                 values[key] = value if isinstance(value, hint) else hint.from_dict(value, f"{where}.{key}")
                 continue
             if not _matches(value, hint):
-                wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
-                raise ConfigError(f"{where}.{key} must be {wanted}, not {value!r}.")
+                raise ConfigError(f"{where}.{key} must be {_wording(hint)}, not {value!r}.")
             values[key] = tuple(value) if isinstance(value, list) else value
         try:
             return cls(**values)
@@ -205,6 +211,9 @@ class ClipVisionConfig(_Config):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], select_layer: int = -2, select_feature: str = "patch") -> Self:
         """Read a CLIP `config.json`: of the vision model alone, or of the whole CLIP (`vision_config`)."""
+        kind = str(hf.get("model_type") or "clip")
+        if "clip" not in kind and "vision_config" not in hf:
+            raise ConfigError(f"config.json is of a {kind!r} model, not of a CLIP: pass CLIP's own folder.")
         vision = hf.get("vision_config", hf)
         if "vision_config" in hf or str(hf.get("model_type", "")).startswith("clip"):
             vision = _CLIP_DEFAULTS | dict(vision)  # a nested configuration may hold only what differs

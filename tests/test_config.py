@@ -477,3 +477,13 @@ def test_clip_fills_in_what_a_nested_vision_config_leaves_out():
         {"model_type": "clip", "vision_config": {"image_size": 336, "patch_size": 14}}
     )
     assert (config.hidden_size, config.num_layers, config.num_heads) == (768, 12, 12)
+
+
+def test_another_model_in_the_place_of_clip_is_named():
+    with pytest.raises(ConfigError, match="'llava' model, not of a CLIP"):
+        ClipVisionConfig.from_hf(LLAMA | {"model_type": "llava"})
+
+
+def test_a_value_outside_its_choices_is_told_the_choices():
+    with pytest.raises(ConfigError, match="one of 'fixed', 'mean_std', not 'median'"):
+        SaspConfig.from_dict({"threshold": "median"})
