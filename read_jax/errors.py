@@ -19,3 +19,7 @@ class PromptError(ReadJaxError):
 
 class CheckpointError(ReadJaxError):
     """A checkpoint or model folder is missing, incomplete, corrupt or not of a known layout."""
+
+
+class DataError(ReadJaxError):
+    """A dataset, one of its files or records, or a dataset's name is missing, unknown or malformed."""

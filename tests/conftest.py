@@ -1,4 +1,5 @@
-"""Shared fixtures. Set READ_JAX_GOLDENS to the folder of the big reference data to run those checks."""
+"""Shared fixtures. Set READ_JAX_GOLDENS and READ_JAX_FIXTURES to the folders of the big reference data to run
+those checks."""
 
 from __future__ import annotations
 
@@ -14,4 +15,15 @@ def goldens() -> Path:
     path = Path(os.environ.get("READ_JAX_GOLDENS", ""))
     if not (path / "tiny-a").is_dir():
         pytest.skip("reference data absent: set READ_JAX_GOLDENS to the folder that holds tiny-a/ and unit/")
+    return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Small copies of the datasets and what the original's loaders give on them; skipped, plainly, without."""
+    path = Path(os.environ.get("READ_JAX_FIXTURES", ""))
+    if not (path / "golden_dev").is_dir():
+        pytest.skip(
+            "reference data absent: set READ_JAX_FIXTURES to the folder that holds dataset/ and golden_dev/"
+        )
     return path.resolve()

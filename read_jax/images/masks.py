@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,35 @@ from read_jax.images.decode import MAX_PIXELS
 
 class MaskError(ReadJaxError):
     """A mask, or its run-length encoding, is malformed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactMask:
+    """A label image [height, width] of a few values as one run-length encoding per value; 0 elsewhere.
+
+    What a dataset's targets travel as (1 target, 255 ignore) until pixels are needed: kilobytes instead of
+    megabytes.
+    """
+
+    height: int
+    width: int
+    planes: tuple[tuple[int, str], ...] = ()
+    """(value, COCO's compressed counts) of each value present."""
+
+    @classmethod
+    def encode(cls, mask: np.ndarray) -> CompactMask:
+        """From bool or uint8 [h, w]."""
+        mask = np.asarray(mask)
+        values = [1] if mask.dtype == bool else [int(v) for v in np.unique(mask) if v]
+        planes = tuple((v, mask_to_rle(mask == v)["counts"]) for v in values)
+        return cls(int(mask.shape[0]), int(mask.shape[1]), planes)
+
+    def decode(self) -> np.ndarray:
+        """uint8 [h, w]; raises `MaskError` when the encoding is damaged."""
+        out = np.zeros((self.height, self.width), np.uint8)
+        for value, counts in self.planes:
+            out[rle_to_mask({"size": [self.height, self.width], "counts": counts})] = value
+        return out
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""What the subcommands share: how a parser is added, and the progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def command(commands: Any, name: str, run: Any, summary: str, details: str = "") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {details}".strip(),
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+class Progress:
+    """A progress bar on standard error, only on a terminal; called as `progress(done, total)`."""
+
+    def __init__(self, label: str, unit: str, total: int | None = None):
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            desc=label,
+            unit=unit,
+            unit_scale=unit == "B",
+            total=total,
+            file=sys.stderr,
+            disable=None,
+            leave=False,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def __call__(self, done: int, total: int, what: str = "") -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def label(self, label: str) -> None:
+        """Say what is being done now."""
+        self._bar.set_description(label)
+
+    def say(self, text: str) -> None:
+        """Print lines above the bar."""
+        self._bar.write(text, file=sys.stdout)

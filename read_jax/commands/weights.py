@@ -1,0 +1,114 @@
+"""`read-jax convert`, `export` and `inspect`: checkpoints in and out."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from read_jax.commands.shared import Progress, command
+from read_jax.config import SASP_PRESETS
+
+
+def add_convert(commands: Any) -> None:
+    parser = command(
+        commands,
+        "convert",
+        _convert,
+        "turn a published PyTorch checkpoint into a model folder",
+        "Takes READ, SESAME and LISA checkpoints, or plain LLaVA-1.5 together with --sam as the starting "
+        "point of training. The checkpoint is streamed: memory stays small, whatever its size.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or its Hugging Face id")
+    parser.add_argument(
+        "--vision-tower",
+        required=True,
+        metavar="DIR",
+        help="folder of the CLIP that the checkpoint was trained with, or its Hugging Face id",
+    )
+    parser.add_argument("--output", required=True, metavar="MODEL_DIR", help="model folder to write")
+    parser.add_argument("--sam", metavar="FILE", help="SAM weights (.pth) to use instead of the checkpoint's")
+    parser.add_argument(
+        "--lora",
+        metavar="PATH",
+        help="LoRA adapter to merge: PEFT folder or its Hugging Face id, or one file",
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="A",
+        help="LoRA alpha (default: what the adapter says, else twice its rank)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="type to store (default: bfloat16 if the source is, else float32)",
+    )
+    parser.add_argument(
+        "--sasp",
+        choices=tuple(SASP_PRESETS),
+        help="Similarity-as-Points settings (default: by the width of the published models; "
+        "SESAME checkpoints want off)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace MODEL_DIR if it exists")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from read_jax.weights.convert import convert
+
+    with Progress("converting", "B") as progress:
+        summary = convert(
+            arguments.source,
+            arguments.vision_tower,
+            arguments.output,
+            sam=arguments.sam,
+            lora=arguments.lora,
+            lora_alpha=arguments.lora_alpha,
+            dtype=arguments.dtype,
+            sasp=arguments.sasp,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    print(summary)
+
+
+def add_export(commands: Any) -> None:
+    parser = command(
+        commands,
+        "export",
+        _export,
+        "write a model folder as a checkpoint that the original PyTorch code loads",
+    )
+    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert")
+    parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint folder to write")
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "bin"),
+        default="safetensors",
+        help="file format of the weights; bin needs torch (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from read_jax.weights.export import export
+
+    with Progress("exporting", "B") as progress:
+        summary = export(
+            arguments.model,
+            arguments.output,
+            format=arguments.format,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    print(summary)
+
+
+def add_inspect(commands: Any) -> None:
+    parser = command(commands, "inspect", _inspect, "say what a model folder holds")
+    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from read_jax.weights.checkpoint import inspect
+
+    print(inspect(arguments.model))
