@@ -31,8 +31,8 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--mode",
         choices=("forced", "generate"),
-        help="forced: the right answer is given and its masks are scored, as the paper validates ReasonSeg and "
-        "RefCOCO; generate: the model answers by itself, as the paper tests false premises (default: as the "
+        help="forced: the right answer is given and its masks are scored, as the paper validates ReasonSeg "
+        "and RefCOCO; generate: the model answers by itself, as the paper tests false premises (default: as the "
         "paper does for the dataset)",
     )
     parser.add_argument(
@@ -43,8 +43,8 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--conversation",
         metavar="NAME",
-        help="prompt format: llava_v1, vicuna_v1 or llava_llama_2 (default: llava_v1; with --compat read, what "
-        "the original used for the mode)",
+        help="prompt format: llava_v1, vicuna_v1 or llava_llama_2 (default: llava_v1; with --compat read, "
+        "what the original used for the mode)",
     )
     parser.add_argument(
         "--max-new-tokens",

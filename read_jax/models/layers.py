@@ -19,6 +19,34 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
 
+class LoraParam(nnx.Param):
+    """A factor of a low-rank update: its own type, so that it can be told from the frozen weight."""
+
+
+class Linear(nnx.Linear):
+    """A dense layer, kernel [in, out]; once `adapt`ed, with a low-rank update x -> scale * drop(x) A B."""
+
+    lora_scale: float = 0.0
+    lora_dropout: float = 0.0
+
+    def adapt(self, a: Array, b: Array, *, scale: float, dropout: float) -> None:
+        """Add the factors a [..., in, r] and b [..., r, out]; leading axes as the kernel's, for a stack."""
+        self.lora_a, self.lora_b = LoraParam(a), LoraParam(b)
+        self.lora_scale, self.lora_dropout = scale, dropout
+
+    def __call__(self, inputs: Array, *, dropout_key: Array | None = None) -> Array:
+        """[..., in] -> [..., out]; without a key nothing is dropped."""
+        out = super().__call__(inputs)
+        if not hasattr(self, "lora_a"):
+            return out
+        x = inputs.astype(out.dtype)
+        if dropout_key is not None and self.lora_dropout:
+            kept = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.lora_dropout), 0)
+        low = x @ self.lora_a[...].astype(out.dtype)
+        return out + self.lora_scale * (low @ self.lora_b[...].astype(out.dtype))
+
+
 def linear(
     in_features: int,
     out_features: int,
@@ -27,9 +55,9 @@ def linear(
     dtype: DType,
     param_dtype: DType,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """A dense layer, kernel [in, out]."""
-    return nnx.Linear(
+    return Linear(
         in_features, out_features, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
     )
 

@@ -10,7 +10,7 @@ softmax in float32, grouped-query heads).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,15 +71,18 @@ class LlamaAttention(nnx.Module):
         self.v_proj = linear(width, shared, **kinds)
         self.o_proj = linear(own, width, **kinds)
 
-    def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def project(
+        self, x: Array, cos: Array, sin: Array, dropout_key: Array | None = None
+    ) -> tuple[Array, Array, Array]:
         """[B, Q, T, D] -> rotated queries [B, Q, T, H, K], rotated keys and values [B, Q, T, G, K]."""
+        keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
 
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        q = apply_rotary(heads(self.q_proj(x)), cos, sin)
-        k = apply_rotary(heads(self.k_proj(x)), cos, sin)
-        return q, k, heads(self.v_proj(x))
+        q = apply_rotary(heads(self.q_proj(x, dropout_key=keys[0])), cos, sin)
+        k = apply_rotary(heads(self.k_proj(x, dropout_key=keys[1])), cos, sin)
+        return q, k, heads(self.v_proj(x, dropout_key=keys[2]))
 
     def output(self, x: Array) -> Array:
         """[B, Q, T, H, K] -> [B, Q, T, D]."""
@@ -146,7 +149,13 @@ class Llama(nnx.Module):
         return jnp.einsum(product, states, head.astype(states.dtype), preferred_element_type=jnp.float32)
 
     def __call__(
-        self, x: Array, positions: Array, *, prefix: KeyValues | None = None, remat: bool = False
+        self,
+        x: Array,
+        positions: Array,
+        *,
+        prefix: KeyValues | None = None,
+        remat: bool = False,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, KeyValues]:
         """Causal forward pass over whole rows.
 
@@ -155,6 +164,7 @@ class Llama(nnx.Module):
             positions: [B, Q, T] rotary positions.
             prefix: keys and values [L, B, S, G, K] that every row sees before its own tokens.
             remat: recompute each layer's activations in the backward pass.
+            dropout_key: for the dropout of low-rank adapters; None drops nothing.
 
         Returns:
             States after the final norm [B, Q, T, D], and the rows' own keys and values
@@ -163,11 +173,14 @@ class Llama(nnx.Module):
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         causal = jnp.tril(jnp.ones((x.shape[2], x.shape[2]), bool))
 
-        def body(layer: LlamaLayer, x: Array, prefix: KeyValues | None) -> tuple[Array, KeyValues]:
-            q, k, v = layer.attn.project(layer.input_norm(x), cos, sin)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+
+        def body(layer: LlamaLayer, x: Array, xs: tuple[KeyValues | None, Array | None]) -> Any:
+            prefix, key = xs
+            q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, key)
             return self._finish(layer, x, _attend(q, k, v, prefix, causal)), KeyValues(k, v)
 
-        x, own = scan_layers(self.layers, x, body, prefix, remat=remat)
+        x, own = scan_layers(self.layers, x, body, (prefix, keys), remat=remat)
         return self.norm(x), own
 
     def extend(

@@ -1,0 +1,103 @@
+"""AdamW, clipping and learning-rate schedules as READ is trained with, in optax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from read_jax.errors import ConfigError
+
+SCHEDULES = ("linear", "deepspeed", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are updated.
+
+    Attributes:
+        learning_rate: the peak.
+        schedule: "linear": linear warm-up from zero, then linear decay to zero at `total_updates`;
+            "deepspeed": what DeepSpeed 0.10.3 makes of it, one update at the full rate, then the linear
+            schedule one update late; "constant": warm-up, then the peak.
+        warmup_updates, total_updates: in optimizer updates.
+        b1, b2, eps, weight_decay: of AdamW.
+        clip_norm: global norm that gradients are scaled down to.
+    """
+
+    learning_rate: float = 3e-4
+    schedule: str = "linear"
+    warmup_updates: int = 100
+    total_updates: int = 5000
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}.")
+        if not 0 <= self.warmup_updates < self.total_updates:
+            raise ConfigError(
+                f"warmup_updates ({self.warmup_updates}) must lie between 0 and total_updates "
+                f"({self.total_updates})."
+            )
+        for name in ("learning_rate", "clip_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """The learning rate of update k = 0, 1, ...; traced or not."""
+    warmup, total = config.warmup_updates, config.total_updates
+
+    def linear(update: Any) -> jax.Array:
+        update = jnp.asarray(update, jnp.float32)
+        rising = update / max(warmup, 1)
+        falling = 1.0 if config.schedule == "constant" else (total - update) / (total - warmup)
+        return config.learning_rate * jnp.clip(jnp.where(update < warmup, rising, falling), 0.0, 1.0)
+
+    def deepspeed(update: Any) -> jax.Array:
+        # its scheduler leaves the rate alone until the first update is done
+        update = jnp.asarray(update)
+        return jnp.where(update == 0, config.learning_rate, linear(jnp.maximum(update - 1, 0)))
+
+    return deepspeed if config.schedule == "deepspeed" else linear
+
+
+class ClipState(NamedTuple):
+    """The global gradient norm before clipping."""
+
+    norm: jax.Array
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scale gradients by min(1, limit / (norm + 1e-6)), as PyTorch's clip_grad_norm_; keeps the norm."""
+
+    def init(params: Any) -> ClipState:
+        return ClipState(jnp.zeros((), jnp.float32))
+
+    def update(updates: Any, state: ClipState, params: Any = None) -> tuple[Any, ClipState]:
+        norm = optax.tree.norm(updates)
+        factor = jnp.minimum(1.0, limit / (norm + 1e-6))
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), ClipState(norm)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then AdamW with the schedule; one `update` is one optimizer update."""
+    return optax.chain(
+        clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )

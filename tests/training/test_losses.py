@@ -1,0 +1,87 @@
+"""Losses against the original's numbers, torch's own, and what padding must not change."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from read_jax.text.targets import IGNORE_INDEX
+from read_jax.training.losses import mask_losses, mean_over_masks, token_cross_entropy
+
+KINDS = {"bce": "sigmoid_ce", "dice": "dice", "focal": "focal"}
+
+
+def batch_loss(kind, logits, targets, number):
+    valid = jnp.ones(logits.shape, bool)
+    values = getattr(mask_losses(logits, targets, valid), kind)
+    return mean_over_masks(values, jnp.ones(values.shape, bool), number)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_are_the_originals(kind, goldens):
+    data = np.load(goldens / "unit" / "losses.npz")
+    for case in range(int(data["n_cases"])):
+        name = f"c{case:02d}_"
+        logits, targets = data[name + "logits"], data[name + "targets"]
+        number = data[name + "num_masks"]
+        value, gradient = jax.value_and_grad(batch_loss, argnums=1)(kind, logits, targets, number)
+        np.testing.assert_allclose(value, data[name + KINDS[kind]], rtol=1e-5, atol=1e-7)
+        wanted = data[f"{name}{KINDS[kind]}_grad"]
+        np.testing.assert_allclose(
+            gradient, wanted, rtol=1e-4, atol=1e-6 * max(np.abs(wanted).max(initial=0), 1e-12)
+        )
+
+
+def random_masks(seed, rows, height, width):
+    rng = np.random.default_rng(seed)
+    return rng.normal(0, 5, (rows, height, width)).astype(np.float32), rng.integers(
+        0, 2, (rows, height, width)
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(0, 3), st.integers(0, 3))
+def test_padding_changes_no_loss_and_gets_no_gradient(seed, below, right):
+    logits, targets = random_masks(seed, 2, 4, 5)
+    pad = ((0, 0), (0, below), (0, right))
+    padded = jnp.pad(logits, pad, constant_values=7.0)
+    valid = jnp.pad(jnp.ones(logits.shape, bool), pad)
+    extra = jnp.pad(targets, pad, constant_values=1)
+    plain = mask_losses(logits, targets, jnp.ones(logits.shape, bool))
+    for value, other in zip(plain, mask_losses(padded, extra, valid), strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-7)
+    gradient = jax.grad(lambda x: sum(jnp.sum(v) for v in mask_losses(x, extra, valid)))(padded)
+    assert np.all(np.asarray(gradient)[~np.asarray(valid)] == 0)
+
+
+def test_a_row_that_does_not_count_changes_nothing():
+    values = jnp.array([1.0, 2.0, 100.0])
+    assert mean_over_masks(values, jnp.array([True, True, False])) == pytest.approx(1.5)
+    assert mean_over_masks(values, jnp.zeros(3, bool)) == 0
+
+
+def test_extreme_logits_give_finite_losses_and_gradients():
+    logits = jnp.array([[[1e4, -1e4], [60.0, -60.0]]])
+    for targets in (jnp.zeros((1, 2, 2)), jnp.ones((1, 2, 2))):
+        gradient = jax.grad(
+            lambda x, t=targets: sum(jnp.sum(v) for v in mask_losses(x, t, jnp.ones(x.shape, bool)))
+        )(logits)
+        assert np.isfinite(np.asarray(gradient)).all()
+
+
+def test_cross_entropy_is_torchs_over_the_counted_tokens():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (2, 5, 11)).astype(np.float32)
+    targets = rng.integers(0, 11, (2, 5))
+    targets[0, :3] = IGNORE_INDEX
+    total, count = token_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    wanted = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).flatten(0, 1), torch.tensor(targets).flatten(), ignore_index=IGNORE_INDEX
+    )
+    assert count == 7
+    np.testing.assert_allclose(total / count, wanted.item(), rtol=1e-6)
