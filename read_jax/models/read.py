@@ -151,13 +151,22 @@ class Read(nnx.Module):
         clip_features = self.clip(normalize_clip(clip_pixels))
         return ImageFeatures(clip_features, self.projector(clip_features), image_embedding)
 
-    def encode_prefix(self, ids: Array, image_tokens: Array, image_start: int) -> Prefix:
+    def encode_prefix(
+        self,
+        ids: Array,
+        image_tokens: Array,
+        image_start: int,
+        *,
+        remat: bool = False,
+        dropout_key: Array | None = None,
+    ) -> Prefix:
         """Run the language model over the prefix.
 
         Args:
             ids: int [S] token ids with the image placeholder already expanded to N positions.
             image_tokens: [B, N, D].
             image_start: position of the first image token in `ids` (static).
+            remat, dropout_key: as for `Llama`.
         """
         batch, count = image_tokens.shape[:2]
         stop = image_start + count
@@ -165,7 +174,7 @@ class Read(nnx.Module):
         text = jnp.broadcast_to(text, (batch, *text.shape))
         x = text.at[:, image_start:stop].set(image_tokens.astype(text.dtype))
         positions = jnp.broadcast_to(jnp.arange(ids.shape[0]), (batch, 1, ids.shape[0]))
-        states, own = self.llama(x[:, None], positions)
+        states, own = self.llama(x[:, None], positions, remat=remat, dropout_key=dropout_key)
         return Prefix(states[:, 0], KeyValues(own.keys[:, :, 0], own.values[:, :, 0]))
 
     def predict_masks(
