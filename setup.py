@@ -23,12 +23,18 @@ CORE = [
     "pycocotools",  # COCO run-length masks
     "huggingface_hub",  # checkpoints named by id
     "tqdm",
+    "grain>=0.2.15",  # the input pipeline: worker processes, deterministic order
 ]
 # one exact release: a range would let pip take gigabytes of CUDA libraries where a CPU build is at hand.
 # Any torch >= 2.6 that is already installed serves as well, without this extra.
 TORCH = "torch==2.13.0"
-EXTRAS = {
+EXTRAS: dict[str, list[str]] = {
     "convert": [TORCH],  # .bin and .pth files; safetensors need no torch
+    "data": [  # `read-jax data build` and reading what it made; no TensorFlow
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without asking for it
+        "array_record",
+    ],
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "test": [
@@ -39,9 +45,12 @@ EXTRAS = {
         "safetensors>=0.5",  # writes the files that ours are read against
         "transformers>=5",  # reference for CLIP and LLaMA
         "segment-anything==1.0",  # reference for SAM
+        "opencv-python-headless",  # reference for polygons
     ],
     "lint": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],
 }
+
+EXTRAS["test"] += EXTRAS["data"]
 
 setup(
     name="read-jax",
@@ -53,7 +62,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["read_jax", "read_jax.*"]),
-    package_data={"read_jax": ["py.typed"]},
+    package_data={"read_jax": ["py.typed", "data/class_lists/*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["read-jax = read_jax.cli:main"]},

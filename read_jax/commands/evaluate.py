@@ -32,8 +32,8 @@ def add_evaluate(commands: Any) -> None:
         "--mode",
         choices=("forced", "generate"),
         help="forced: the right answer is given and its masks are scored, as the paper validates ReasonSeg "
-        "and RefCOCO; generate: the model answers by itself, as the paper tests false premises (default: as the "
-        "paper does for the dataset)",
+        "and RefCOCO; generate: the model answers by itself, as the paper tests false premises (default: as "
+        "the paper does for the dataset)",
     )
     parser.add_argument(
         "--compat",
@@ -76,10 +76,16 @@ def add_evaluate(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from read_jax.evaluation.compare import check_comparable, compare
     from read_jax.evaluation.runner import evaluate
+    from read_jax.evaluation.tables import terminal_text
     from read_jax.weights.folders import terminate_politely
 
     if arguments.compare:
         check_comparable(arguments.compare, arguments.dataset)
+
+    def advance(done: int, total: int, what: str) -> None:
+        progress.label("evaluating")
+        progress(done, total, what)
+
     with terminate_politely(), Progress("loading the model", "picture") as progress:
         result = evaluate(
             arguments.model,
@@ -95,8 +101,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             limit=arguments.limit,
             max_bad=arguments.max_bad,
             overwrite=arguments.overwrite,
-            progress=progress,
+            progress=advance,
         )
-    print(result)
+    print(terminal_text(result))
     if arguments.compare:
         print(compare(arguments.output, arguments.compare))

@@ -40,7 +40,10 @@ class Progress:
         self._bar.close()
 
     def __call__(self, done: int, total: int, what: str = "") -> None:
+        if self._bar.total is None:  # the first call: what an earlier run did says nothing of our speed
+            self._bar.initial = self._bar.n = done
         self._bar.total = total
+        self._bar.set_postfix_str(what, refresh=False)
         self._bar.update(done - self._bar.n)
 
     def label(self, label: str) -> None:

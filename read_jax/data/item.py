@@ -29,6 +29,9 @@ class Query:
         answer: an answer to give verbatim; None: one from the templates.
         ref_id: the dataset's number of the referred object; the picture's position where it has none.
         sent_id: position of the text among those of its object.
+        tags: groups that results are reported by, the sort of question first; () when the dataset names none.
+        alternatives: other wordings of the same phrase.
+        shows_image: of a conversation's turn, that the picture is shown with it.
     """
 
     phrase: str
@@ -39,6 +42,9 @@ class Query:
     answer: str | None = None
     ref_id: int = -1
     sent_id: int = -1
+    tags: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
+    shows_image: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +60,7 @@ class Item:
         load_mask: gives the target of query i; asked only where it exists.
         absent: names of things of the dataset's vocabulary that are not in the picture, for false premises.
         conversation: the questions and answers are the turns of one conversation, in order.
+        absent_alternatives: other wordings of each name in `absent`; empty when there are none at all.
     """
 
     key: str
@@ -65,6 +72,7 @@ class Item:
     load_mask: Callable[[int], CompactMask]
     absent: Sequence[str] = ()
     conversation: bool = False
+    absent_alternatives: Sequence[tuple[str, ...]] = ()
 
     @cached_property
     def image(self) -> np.ndarray:

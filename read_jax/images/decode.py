@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Raster formats only: Pillow also reads formats that run other programs (EPS) or have no signature."""
 
+_T = TypeVar("_T")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,15 +56,23 @@ def read_image(source: str | os.PathLike[str] | bytes | Image.Image | np.ndarray
         name = f"the image data ({len(data)} bytes)"
         if not data:
             raise ImageError(f"{name} is empty.")
-        return _from_file(io.BytesIO(data), name)
+        return _from_file(io.BytesIO(data), name, _from_pil)
     if isinstance(source, str | os.PathLike):
-        return _from_path(source)
+        return _from_path(source, _from_pil)
     raise ImageError(
         f"cannot read a picture from {type(source).__name__}; give a path, bytes, a PIL image or uint8 array."
     )
 
 
-def _from_path(source: str | os.PathLike[str]) -> np.ndarray:
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) in pixels of the upright picture, from the file's header, without decoding it.
+
+    Raises `ImageError` as `read_image` does, but for damage behind the header.
+    """
+    return _from_path(path, _upright_size)
+
+
+def _from_path(source: str | os.PathLike[str], read: Callable[[Image.Image, str], _T]) -> _T:
     name = os.fsdecode(source)
     if name.startswith(("http://", "https://", "data:")):
         raise ImageError(f"{name[:80]} is an address; download the picture and give its path or bytes.")
@@ -83,10 +93,10 @@ def _from_path(source: str | os.PathLike[str]) -> np.ndarray:
     except OSError as error:
         raise ImageError(f"{name} cannot be opened: {error.strerror or error}.") from None
     with file:
-        return _from_file(file, name)
+        return _from_file(file, name, read)
 
 
-def _from_file(file: Any, name: str) -> np.ndarray:
+def _from_file(file: Any, name: str, read: Callable[[Image.Image, str], _T]) -> _T:
     Image.init()  # registers the decoders; harmless when done already
     formats = [f for f in _FORMATS if f in Image.OPEN]
     try:
@@ -100,7 +110,14 @@ def _from_file(file: Any, name: str) -> np.ndarray:
     except Exception as error:  # damaged headers raise nearly anything from Pillow's readers
         raise ImageError(f"{name} is damaged: {_reason(error)}.") from None
     with image:
-        return _from_pil(image, name)
+        return read(image, name)
+
+
+def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    _check_size(image.width, image.height, name)
+    # Pillow gives a TIFF's size upright already
+    sideways = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+    return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def _from_pil(image: Image.Image, name: str) -> np.ndarray:

@@ -34,6 +34,8 @@ HEAT_ANCHORS = np.array(  # evenly spaced, brightness rising steadily: near-blac
     ],
     np.float32,
 )
+TARGET_COLOUR = (0, 225, 255)  # far from the first mask colour, also for colour-blind eyes
+IGNORED_COLOUR = (150, 150, 150)
 POINT_COLOURS = {1: (30, 200, 70), 0: (225, 45, 45), -1: (160, 160, 160)}
 _POINT_NAMES = {1: "positive", 0: "negative", -1: "neutral"}
 
@@ -65,6 +67,26 @@ def draw_overlay(
             0.6  # dark inner line: visible on any ground
         )
     return out.round().astype(np.uint8)
+
+
+def draw_comparison(image: np.ndarray, prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """What was answered over what is right; uint8 [h, w, 3].
+
+    image: uint8 [h, w, 3]; prediction: bool [h, w], shown as a translucent colour; target: uint8 [h, w],
+    1 target (outlined in `TARGET_COLOUR`), 255 ignored by the metrics (outlined in grey).
+    Raises `ImageError` when their sizes differ.
+    """
+    _check_image(image)
+    target = np.asarray(target)
+    if target.shape != image.shape[:2]:
+        raise ImageError(
+            f"the target is {list(target.shape)}, the image is {list(image.shape)}: sizes differ."
+        )
+    out = draw_overlay(image, prediction)
+    ignored = target == 255
+    _draw_outline(out, ignored, IGNORED_COLOUR)
+    _draw_outline(out, (target != 0) & ~ignored, TARGET_COLOUR)
+    return out
 
 
 def draw_similarity(
@@ -142,6 +164,20 @@ def _erode(mask: np.ndarray, times: int) -> np.ndarray:
         padded = np.pad(mask, 1)
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask
+
+
+def _draw_outline(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
+    """A line around the mask with a dark seam, so that it shows on any ground; changes the canvas."""
+    line = max(1, round(max(canvas.shape[:2]) / 200))
+    grown = []
+    for reach in (line, line + 1):
+        outside = np.pad(~mask, reach, constant_values=True)
+        grown.append(~_erode(outside, reach)[reach:-reach, reach:-reach])
+    canvas[grown[1] & ~grown[0]] = (20, 20, 20)
+    canvas[grown[0] & ~mask] = colour
+    border = np.ones(mask.shape, bool)
+    border[line:-line, line:-line] = False
+    canvas[mask & border] = colour  # the picture's edge cuts the mask: close the line along it
 
 
 def _dot(radius: int, colour: tuple[int, int, int]) -> Image.Image:

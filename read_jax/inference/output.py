@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from read_jax.errors import ReadJaxError
+from read_jax.files import write_file
 from read_jax.images.drawing import draw_overlay, draw_similarity
 from read_jax.images.masks import mask_to_rle
 from read_jax.inference.segmenter import Segmentation
@@ -115,9 +116,9 @@ class ResultFolder:
                 buffer = io.BytesIO()
                 Image.fromarray(picture).save(buffer, format="PNG")
                 written.append(self.folder / f"{name}_{kind}.png")
-                _write(written[-1], buffer.getvalue())
+                write_file(written[-1], buffer.getvalue())
             document = self._header | {"results": [*self._results, entry]}
-            _write(self.folder / RESULT, (json.dumps(document, indent=1) + "\n").encode())
+            write_file(self.folder / RESULT, (json.dumps(document, indent=1) + "\n").encode())
         except BaseException:
             for path in written:  # not listed in result.json, so it must not stay
                 path.unlink(missing_ok=True)
@@ -165,16 +166,3 @@ def _square_map(similarity: np.ndarray) -> np.ndarray:
 
 def _mask_picture(mask: np.ndarray) -> np.ndarray:
     return mask.astype(np.uint8) * 255
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """The compiled programs of inference, and the host arrays that go into them.
 
-Encode, prefix, generate, gather, predict and tile answer questions; teacher_force serves tracing. All have
-static shapes: image height and width are traced, so a new image size compiles nothing; questions, answers
-and batches are padded to a few bucket sizes.
+Encode, prefix, generate, gather, predict and tile answer questions; teacher_force stands in for generate
+where the answers are given; logits serves tracing. All have static shapes: image height and width are traced,
+so a new image size compiles nothing; questions, answers and batches are padded to a few bucket sizes.
 """
 
 from __future__ import annotations
@@ -78,11 +78,12 @@ class Programs:
         self._gather = jax.jit(partial(_gather), static_argnums=(5, 6))
         self._predict = program(Read.predict_masks)
         self._teacher_force = program(_teacher_force)
+        self._logits = program(lambda model, states: model.llama.logits(states))
         self._tile = jax.jit(partial(_tile))  # partial: a cache of its own, not one for all models
 
     def compilations(self) -> dict[str, int]:
         """How many times each program has been compiled."""
-        names = ("encode", "prefix", "generate", "gather", "predict", "teacher_force", "tile")
+        names = ("encode", "prefix", "generate", "gather", "predict", "teacher_force", "logits", "tile")
         return {name: getattr(self, f"_{name}")._cache_size() for name in names}
 
     def encode(
@@ -112,9 +113,13 @@ class Programs:
         traced = sampling and (np.float32(sampling[0]), np.float32(sampling[1]), sampling[2])
         return self._generate(self._params, prefix, ids, lengths, limits, capacity, traced)
 
-    def teacher_force(self, prefix: Prefix, ids: np.ndarray) -> tuple[Array, Array]:
-        """States [1, 1, T, D] of given tokens after the prefix, and logits [S + T, V] of the sequence."""
+    def teacher_force(self, prefix: Prefix, ids: np.ndarray) -> Array:
+        """Final states [B, Q, T, D] of given tokens [B, Q, T] after the prefixes of B images."""
         return self._teacher_force(self._params, prefix, ids)
+
+    def logits(self, states: Array) -> Array:
+        """Logits [..., V] of final states [..., D]: of every position, so for few of them."""
+        return self._logits(self._params, states)
 
     def predict(
         self,
@@ -182,11 +187,11 @@ def _gather(
     )
 
 
-def _teacher_force(model: Read, prefix: Prefix, ids: Array) -> tuple[Array, Array]:
+def _teacher_force(model: Read, prefix: Prefix, ids: Array) -> Array:
     start = prefix.states.shape[1]
     positions = jnp.broadcast_to(start + jnp.arange(ids.shape[-1]), ids.shape)
     states, _ = model.llama(model.llama.embed(ids), positions, prefix=prefix.key_values)
-    return states, model.llama.logits(jnp.concatenate([prefix.states[0], states[0, 0]]))
+    return states
 
 
 def _tile(low_res: Array, geometry: ImageGeometry, top: Array, left: Array) -> Array:

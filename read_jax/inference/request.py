@@ -9,9 +9,9 @@ import numpy as np
 
 from read_jax.config import ReadConfig
 from read_jax.errors import PromptError
-from read_jax.text.conversation import Template, check_question, open_prompt
+from read_jax.text.conversation import Template, check_question, open_prompt, render
 from read_jax.text.targets import expand_image_placeholder
-from read_jax.text.tokenizer import Tokenizer
+from read_jax.text.tokenizer import IMAGE_TOKEN, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,18 @@ class PreparedPrompt:
     prefix: np.ndarray  # int32 [S], image positions hold the placeholder
     question: np.ndarray  # int32 [T]
     image_start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedAnswer:
+    """A question with its answer; `prompt.question` holds the tokens of both.
+
+    text: the answer; output_ids: int32 [n], its tokens, end token included.
+    """
+
+    prompt: PreparedPrompt
+    text: str
+    output_ids: np.ndarray
 
 
 def prepare_prompt(
@@ -33,6 +45,20 @@ def prepare_prompt(
     check_question(prompt, tokenizer)
     text = open_prompt(prompt, template, config.use_im_start_end)
     return split_prompt(tokenizer.encode(text), config)
+
+
+def prepare_answer(
+    prompt: str, answer: str, template: str | Template, config: ReadConfig, tokenizer: Tokenizer
+) -> PreparedAnswer:
+    """Tokens of a question and the answer that is given to it.
+
+    Raises `PromptError` as `prepare_prompt`, the answer included.
+    """
+    check_question(prompt, tokenizer)
+    asked = tokenizer.encode(open_prompt(prompt, template, config.use_im_start_end))
+    turn = (f"{IMAGE_TOKEN}\n{prompt}", answer)
+    ids = tokenizer.encode(render([turn], template, config.use_im_start_end))
+    return PreparedAnswer(split_prompt(ids, config, room=0), answer, np.asarray(ids[len(asked) :], np.int32))
 
 
 def split_prompt(ids: Sequence[int], config: ReadConfig, room: int = 1) -> PreparedPrompt:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,18 @@ from flax import nnx
 
 from read_jax.config import ReadConfig
 from read_jax.errors import CheckpointError, ConfigError
-from read_jax.geometry import ImageGeometry, image_geometry, stack_geometries
+from read_jax.geometry import image_geometry, stack_geometries
 from read_jax.images.decode import read_image
 from read_jax.images.preprocess import clip_crop, sam_resize
+from read_jax.inference.batch import Answer, Batch, Clock, PreparedImage, token_rows
 from read_jax.inference.programs import Programs, bucket
-from read_jax.inference.request import PreparedPrompt, check_sampling, prepare_prompt
+from read_jax.inference.request import (
+    PreparedAnswer,
+    PreparedPrompt,
+    check_sampling,
+    prepare_answer,
+    prepare_prompt,
+)
 from read_jax.inference.tracing import trace_answer
 from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
 from read_jax.text.conversation import Template, get_template
@@ -27,7 +33,7 @@ from read_jax.text.tokenizer import Tokenizer
 from read_jax.weights.checkpoint import UPSTREAM, flatten, load_config, load_params
 
 Image = Any
-"""A path, encoded bytes, a PIL image, or a uint8 array [h, w, 3]."""
+"""A path, encoded bytes, a PIL image, a uint8 array [h, w, 3], or a `PreparedImage`."""
 
 DEFAULT_TEMPLATE = "llava_v1"
 
@@ -45,7 +51,7 @@ class Segmentation:
         similarity: float32 [M, N], dot product of the [SEG] state with every image token, raster
             order over the central square of the picture.
         iou: float32 [M], SAM's own estimate of each mask's quality.
-        output_ids: int32 [n], the generated tokens, end token included.
+        output_ids: int32 [n], the answer's tokens, end token included.
         timings: seconds per stage of the batch this question was answered in.
     """
 
@@ -60,13 +66,9 @@ class Segmentation:
     timings: Mapping[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedImage:
-    """A decoded picture in the forms the encoders take."""
-
-    clip_pixels: np.ndarray  # uint8 [336, 336, 3]
-    sam_pixels: np.ndarray  # uint8 [1024, 1024, 3]
-    geometry: ImageGeometry
+def default_images_per_batch() -> int:
+    """Pictures that go through the device together: one fills the cores of a CPU."""
+    return 1 if jax.default_backend() == "cpu" else 8
 
 
 def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
@@ -134,7 +136,7 @@ class Segmenter:
         self.config = config
         self.tokenizer = tokenizer
         if images_per_batch is None:
-            images_per_batch = 1 if jax.default_backend() == "cpu" else 8
+            images_per_batch = default_images_per_batch()
         if images_per_batch < 1:
             raise ValueError(f"images_per_batch must be at least 1, not {images_per_batch}.")
         if rows_per_batch < images_per_batch:
@@ -189,25 +191,38 @@ class Segmenter:
         check_sampling(max_new_tokens, temperature, top_p, seed)
         template = get_template(conversation)
         prompts = [self.prepare_prompt(prompt, template) for _, prompt in requests]
-        groups: dict[Any, list[int]] = {}
-        for index, (image, _) in enumerate(requests):
-            groups.setdefault(_identity(image), []).append(index)
-        results: dict[int, Segmentation] = {}
-        members = sorted(groups.values(), key=len)  # pictures with as many questions go together
         sampling = (temperature, top_p, seed) if temperature else None
-        for first in range(0, len(members), self.images_per_batch):
-            chunk = members[first : first + self.images_per_batch]
-            images = [self.prepare_image(requests[group[0]][0]) for group in chunk]
-            clock = _Clock()
-            encoded = self.encode(images, prompts[chunk[0][0]])
-            clock.lap("encode", encoded)
-            together = max(self.rows_per_batch // bucket(len(images)), 1)  # questions of each picture
-            for start in range(0, max(map(len, chunk)), together):
-                turn = [group[start : start + together] for group in chunk]
-                asked = [[prompts[i] for i in group] for group in turn]
-                answers = self._answer(images, encoded, asked, max_new_tokens, sampling, clock)
-                results.update(zip([i for group in turn for i in group], answers, strict=True))
-        return [results[index] for index in range(len(requests))]
+        return self._in_batches(
+            [image for image, _ in requests],
+            prompts,
+            lambda batch, asked: self._generate(
+                batch, [[prompts[i] for i in group] for group in asked], max_new_tokens, sampling
+            ),
+        )
+
+    def segment_forced(
+        self, requests: Sequence[tuple[Image, str, str]], conversation: str = DEFAULT_TEMPLATE
+    ) -> list[Segmentation]:
+        """Give the answers too, and get the masks of every [SEG] in them (teacher forcing).
+
+        As in training, and as the paper validates ReasonSeg and RefCOCO. Nothing is generated: `text` is the
+        answer that was given. As `segment_batch`, questions about the same picture share its computation.
+
+        Args:
+            requests: (image, prompt, answer).
+            conversation: as for `segment_batch`.
+
+        Raises:
+            PromptError: as `segment_batch`, the answer counting towards the context length.
+            ImageError: a picture that cannot be decoded.
+        """
+        template = get_template(conversation)
+        forced = [self.prepare_answer(prompt, answer, template) for _, prompt, answer in requests]
+        return self._in_batches(
+            [image for image, _, _ in requests],
+            [answer.prompt for answer in forced],
+            lambda batch, asked: self._force(batch, [[forced[i] for i in group] for group in asked]),
+        )
 
     def trace(
         self, image: Image, prompt: str, answer: str | None = None, conversation: str = DEFAULT_TEMPLATE
@@ -220,7 +235,9 @@ class Segmenter:
         return trace_answer(self, image, prompt, answer, conversation)
 
     def prepare_image(self, image: Image) -> PreparedImage:
-        """Decode and resize a picture on the host; raises `ImageError`."""
+        """Decode and resize a picture on the host (in any thread); raises `ImageError`."""
+        if isinstance(image, PreparedImage):
+            return image
         pixels = read_image(image)
         height, width = pixels.shape[:2]
         clip, sam = self.config.clip, self.config.sam
@@ -232,6 +249,10 @@ class Segmenter:
     def prepare_prompt(self, prompt: str, template: str | Template) -> PreparedPrompt:
         """Tokens of an open prompt; raises `PromptError`."""
         return prepare_prompt(prompt, template, self.config, self.tokenizer)
+
+    def prepare_answer(self, prompt: str, answer: str, template: str | Template) -> PreparedAnswer:
+        """Tokens of a question and its answer; raises `PromptError`."""
+        return prepare_answer(prompt, answer, template, self.config, self.tokenizer)
 
     def encode(self, images: Sequence[PreparedImage], prefix: PreparedPrompt) -> tuple[ImageFeatures, Prefix]:
         """Encoders and shared prefix of a batch of images (padded to a bucket by repeating the last)."""
@@ -256,76 +277,101 @@ class Segmenter:
         padded = [images[min(i, len(images) - 1)].geometry for i in range(bucket(len(images)))]
         return self.programs.predict(states, at, prefix, features, stack_geometries(padded), image_start)
 
-    def _answer(
+    def _in_batches(
         self,
-        images: Sequence[PreparedImage],
-        encoded: tuple[ImageFeatures, Prefix],
+        images: Sequence[Image],
+        prompts: Sequence[PreparedPrompt],
+        answer: Callable[[Batch, Sequence[Sequence[int]]], list[Segmentation]],
+    ) -> list[Segmentation]:
+        """Encode each picture once and have its questions answered: `answer(batch, numbers)` takes the
+        requests' numbers by picture."""
+        groups: dict[Any, list[int]] = {}
+        for index, image in enumerate(images):
+            groups.setdefault(_identity(image), []).append(index)
+        results: dict[int, Segmentation] = {}
+        members = sorted(groups.values(), key=len)  # pictures with as many questions go together
+        for first in range(0, len(members), self.images_per_batch):
+            chunk = members[first : first + self.images_per_batch]
+            pictures = [self.prepare_image(images[group[0]]) for group in chunk]
+            clock = Clock()
+            prompt = prompts[chunk[0][0]]
+            features, prefix = self.encode(pictures, prompt)
+            clock.lap("encode", (features, prefix))
+            batch = Batch(pictures, features, prefix, len(prompt.prefix), prompt.image_start, clock)
+            together = max(self.rows_per_batch // bucket(len(pictures)), 1)  # questions of each picture
+            for start in range(0, max(map(len, chunk)), together):
+                turn = [group[start : start + together] for group in chunk]
+                results.update(zip([i for group in turn for i in group], answer(batch, turn), strict=True))
+        return [results[index] for index in range(len(images))]
+
+    def _generate(
+        self,
+        batch: Batch,
         prompts: Sequence[Sequence[PreparedPrompt]],
         max_new_tokens: int,
         sampling: tuple[float, float, int] | None,
-        clock: _Clock,
     ) -> list[Segmentation]:
-        """Answers to the questions about each of a batch of images, image by image."""
-        features, prefix = encoded
-        first = next(prompt for group in prompts for prompt in group)
-        longest = max(len(prompt.question) for group in prompts for prompt in group)
-        shape = bucket(len(images)), bucket(max(map(len, prompts)))
-        ids = np.zeros((*shape, bucket(longest, 32)), np.int32)
-        lengths = np.zeros(shape, np.int32)
-        for b, group in enumerate(prompts):
-            for q, prompt in enumerate(group):
-                ids[b, q, : len(prompt.question)] = prompt.question
-                lengths[b, q] = len(prompt.question)
+        """Answers to the questions about each picture, picture by picture."""
+        ids, lengths = token_rows([[prompt.question for prompt in group] for group in prompts])
         # each row to the end of the context by itself: a long neighbour must not shorten an answer
-        room = self.config.llama.max_position_embeddings - len(first.prefix) - lengths
-        seeded = sampling and (*sampling[:2], np.full(shape, sampling[2], np.uint32))
-        generated = self.programs.generate(prefix, ids, lengths, np.minimum(max_new_tokens, room), seeded)
+        room = self.config.llama.max_position_embeddings - batch.prefix_length - lengths
+        seeded = sampling and (*sampling[:2], np.full(lengths.shape, sampling[2], np.uint32))
+        limits = np.minimum(max_new_tokens, room)
+        generated = self.programs.generate(batch.prefix, ids, lengths, limits, seeded)
         tokens, counts = np.asarray(generated.tokens), np.asarray(generated.counts)
-        clock.lap("generate", generated)
-
-        asked = [(b, q) for b, group in enumerate(prompts) for q in range(len(group))]
-        outputs = [tokens[b, q, : counts[b, q]] for b, q in asked]
-        at = [
-            (b, q, n)
-            for (b, q), out in zip(asked, outputs, strict=True)
-            for n in np.flatnonzero(out == self.seg_id)
-        ]
-        fields = self._masks(
-            np.asarray(at, np.int32).reshape(-1, 3), images, generated.states, features, prefix, first
-        )
-        clock.lap("masks", None)
-
+        batch.clock.lap("generate", generated)
         answers = []
+        for b, group in enumerate(prompts):
+            for q in range(len(group)):
+                out = tokens[b, q, : counts[b, q]]
+                text = self.tokenizer.decode(out.tolist())
+                answers.append(Answer(b, q, text, out, np.flatnonzero(out == self.seg_id)))
+        return self._segmentations(batch, answers, generated.states)
+
+    def _force(self, batch: Batch, given: Sequence[Sequence[PreparedAnswer]]) -> list[Segmentation]:
+        """Masks of the given answers about each picture, picture by picture."""
+        ids, _ = token_rows([[answer.prompt.question for answer in group] for group in given])
+        states = self.programs.teacher_force(batch.prefix, ids)
+        batch.clock.lap("force", states)
+        answers = []
+        for b, group in enumerate(given):
+            for q, answer in enumerate(group):
+                # the state before each [SEG] predicts it; a prompt has none, so all lie after the prefix
+                seg = np.flatnonzero(answer.prompt.question == self.seg_id) - 1
+                answers.append(Answer(b, q, answer.text, answer.output_ids, seg))
+        return self._segmentations(batch, answers, states)
+
+    def _segmentations(
+        self, batch: Batch, answers: Sequence[Answer], states: jax.Array
+    ) -> list[Segmentation]:
+        """The answers with their masks, from the states [B, Q, T, D] of their rows."""
+        at = [(answer.image, answer.question, place) for answer in answers for place in answer.seg]
+        fields = self._masks(batch, np.asarray(at, np.int32).reshape(-1, 3), states)
+        batch.clock.lap("masks", None)
+        results = []
         row = 0
-        for (b, _), out in zip(asked, outputs, strict=True):
-            rows = slice(row, row + int(np.sum(out == self.seg_id)))
+        for answer in answers:
+            rows = slice(row, row + len(answer.seg))
             row = rows.stop
-            h, w = int(images[b].geometry.height), int(images[b].geometry.width)
-            masks = np.stack(fields["masks"][rows]) if fields["masks"][rows] else np.zeros((0, h, w), bool)
-            answers.append(
+            geometry = batch.images[answer.image].geometry
+            none = np.zeros((0, int(geometry.height), int(geometry.width)), bool)
+            masks = np.stack(fields["masks"][rows]) if len(answer.seg) else none
+            results.append(
                 Segmentation(
-                    text=self.tokenizer.decode(out.tolist()),
+                    text=answer.text,
                     present=bool(masks.any()),
                     masks=masks,
                     points=fields["points"][rows],
                     point_labels=fields["labels"][rows],
                     similarity=fields["similarity"][rows],
                     iou=fields["iou"][rows],
-                    output_ids=out,
-                    timings=dict(clock.laps),
+                    output_ids=answer.output_ids,
+                    timings=dict(batch.clock.laps),
                 )
             )
-        return answers
+        return results
 
-    def _masks(
-        self,
-        at: np.ndarray,
-        images: Sequence[PreparedImage],
-        states: jax.Array,
-        features: ImageFeatures,
-        prefix: Prefix,
-        prompt: PreparedPrompt,
-    ) -> dict[str, Any]:
+    def _masks(self, batch: Batch, at: np.ndarray, states: jax.Array) -> dict[str, Any]:
         """Host arrays for the R [SEG] tokens at `at`; masks as a list, since sizes differ."""
         sasp = self.config.sasp
         points = sasp.num_points if sasp.enabled else 0
@@ -338,26 +384,13 @@ class Segmenter:
         }
         for first in range(0, len(at), self.rows_per_batch):
             rows = at[first : first + self.rows_per_batch]
-            out = self.predict(states, rows, images, features, prefix, prompt.image_start)
+            out = self.predict(states, rows, batch.images, batch.features, batch.prefix, batch.image_start)
             for row, (b, _, _) in enumerate(rows):
-                masks.append(self.programs.mask(out.low_res_masks[row], images[b].geometry) > 0)
+                masks.append(self.programs.mask(out.low_res_masks[row], batch.images[b].geometry) > 0)
             found = (out.points.points, out.points.labels, out.similarity, out.iou)
             for part, values in zip(parts.values(), found, strict=True):
                 part.append(np.asarray(values)[: len(rows)].astype(part[0].dtype))
         return {"masks": masks} | {name: np.concatenate(part) for name, part in parts.items()}
-
-
-class _Clock:
-    """Seconds between laps; a lap waits for the arrays it names."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def lap(self, name: str, arrays: Any) -> None:
-        jax.block_until_ready(arrays)
-        now = time.perf_counter()
-        self.laps[name], self._since = now - self._since, now
 
 
 def _identity(image: Image) -> Any:

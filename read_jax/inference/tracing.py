@@ -68,7 +68,8 @@ def trace_answer(
     features, prefix = segmenter.encode([picture], cut)
     own = np.zeros((1, 1, bucket(len(cut.question), 32)), np.int32)
     own[0, 0, : len(cut.question)] = cut.question
-    states, logits = programs.teacher_force(prefix, own)
+    states = programs.teacher_force(prefix, own)
+    logits = programs.logits(jnp.concatenate([prefix.states[0], states[0, 0]]))
 
     length = len(cut.prefix) + len(cut.question)
     hidden = np.concatenate([_host(prefix.states[0]), _host(states[0, 0])])[:length]

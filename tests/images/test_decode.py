@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 
 from read_jax.errors import ImageError
 from read_jax.images import decode
-from read_jax.images.decode import read_image
+from read_jax.images.decode import image_size, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 ALPHA = np.random.default_rng(1).integers(0, 256, (5, 7), np.uint8)
@@ -144,6 +144,30 @@ def test_exif_orientation_is_applied_once(orientation, kind):
     data = encoded(RGB, kind, exif=exif)
     np.testing.assert_array_equal(read_image(data), TURNED[orientation])
     np.testing.assert_array_equal(read_image(Image.open(io.BytesIO(data))), TURNED[orientation])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_size_from_the_header_is_the_upright_size(tmp_path, orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "picture"
+    Image.new("RGB", (30, 20)).save(path, kind, exif=exif)
+    assert image_size(path) == read_image(path).shape[:2]
+
+
+def test_size_is_known_though_the_pixels_are_cut_off(tmp_path):
+    path = tmp_path / "cut.jpg"
+    Image.effect_noise((60, 40), 50).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-300])
+    assert image_size(path) == (40, 60)
+    with pytest.raises(ImageError, match=r"cut\.jpg cannot be decoded"):
+        read_image(path)
+
+
+def test_size_of_a_missing_picture_is_an_error(tmp_path):
+    with pytest.raises(ImageError, match=r"none\.jpg: there is no such file"):
+        image_size(tmp_path / "none.jpg")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

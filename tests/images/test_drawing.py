@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from read_jax.errors import ImageError
-from read_jax.images.drawing import POINT_COLOURS, colourise, draw_overlay, draw_similarity, heat_map
+from read_jax.images.drawing import (
+    IGNORED_COLOUR,
+    POINT_COLOURS,
+    TARGET_COLOUR,
+    colourise,
+    draw_comparison,
+    draw_overlay,
+    draw_similarity,
+    heat_map,
+)
 
 GREY = np.full((60, 90, 3), 128, np.uint8)
 
@@ -112,3 +121,25 @@ def test_a_constant_map_is_cold_and_finite():
 def test_the_colour_map_gets_steadily_brighter():
     brightness = colourise(np.linspace(0, 1, 200)) @ np.array([0.299, 0.587, 0.114])
     assert (np.diff(brightness) > 0).all() and brightness[-1] - brightness[0] > 180
+
+
+def test_comparison_outlines_the_target_and_fills_the_prediction():
+    prediction, target = np.zeros((60, 90), bool), np.zeros((60, 90), np.uint8)
+    prediction[20:40, 50:80] = True
+    target[10:30, 10:40] = 1
+    target[45:55, 10:40] = 255
+    out = draw_comparison(GREY, prediction, target)
+    assert tuple(out[9, 25]) == TARGET_COLOUR and tuple(out[44, 25]) == IGNORED_COLOUR
+    assert (out[12:28, 12:38] == 128).all() and (out[47:53, 12:38] == 128).all()
+    assert (out[prediction] != 128).any(axis=-1).all()
+
+
+def test_comparison_closes_the_outline_along_the_pictures_edge():
+    out = draw_comparison(GREY, np.zeros((60, 90), bool), np.ones((60, 90), np.uint8))
+    assert all(tuple(out[y, x]) == TARGET_COLOUR for y, x in ((0, 45), (59, 45), (30, 0), (30, 89)))
+    assert (out[5:-5, 5:-5] == 128).all()
+
+
+def test_comparison_refuses_a_target_of_another_size():
+    with pytest.raises(ImageError, match="sizes differ"):
+        draw_comparison(GREY, np.zeros((60, 90), bool), np.zeros((60, 91), np.uint8))

@@ -1,0 +1,47 @@
+"""The committed tiny model, converted, and a small dataset of one's own, written on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from read_jax.images.masks import mask_to_rle
+from read_jax.weights import convert
+from tests.inference.conftest import compilation_cache, picture  # noqa: F401, a fixture
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(compilation_cache, tmp_path_factory) -> Path:  # noqa: F811
+    """A model folder of tests/data/tiny-read, in float32."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-read"
+    convert(DATA / "tiny-read", DATA / "tiny-clip", folder, sasp="7b", dtype="float32")
+    return folder
+
+
+def write_own_dataset(folder: Path, pictures: int, seed: int = 0) -> Path:
+    """Pictures of 1 to 3 questions, each third about something absent, as JSON lines; returns their file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for number in range(pictures):
+        height, width = (int(side) for side in rng.integers(40, 90, 2))
+        Image.fromarray(picture(height, width, number)).save(folder / f"{number}.png")
+        for _ in range(int(rng.integers(1, 4))):
+            record: dict = {"image": f"{number}.png", "class": f"blue thing {len(lines)}"}
+            if len(lines) % 3 == 2:
+                record["exists"] = False
+            else:
+                top, left = (int(side) for side in rng.integers(0, 20, 2))
+                mask = np.zeros((height, width), bool)
+                mask[top : top + 25, left : left + 30] = True
+                record["mask"] = mask_to_rle(mask)
+            lines.append(json.dumps(record))
+    path = folder / "own.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
