@@ -70,7 +70,7 @@ def _add_check(actions: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from read_jax.data.jsonl import check
+    from read_jax.data.check import check
 
     with Progress("checking", "record") as progress:
         report = check(arguments.path, arguments.data, progress=progress)
@@ -98,8 +98,9 @@ def _add_build(actions: Any) -> None:
 
 def _build(arguments: argparse.Namespace) -> None:
     from read_jax.data.build import build
+    from read_jax.weights.folders import terminate_politely
 
-    with Progress("building", "picture") as progress:
+    with terminate_politely(), Progress("building", "picture") as progress:
         summary = build(
             arguments.name,
             arguments.data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import dataclasses
 import multiprocessing
@@ -9,6 +10,8 @@ import os
 import shutil
 import signal
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -70,7 +73,8 @@ class Loader(Iterator[HostBatch]):
             raise DataError(f"workers must be at least 0 and buffer at least 1, not {workers} and {buffer}.")
         self._task, self._per_step, self._steps = task, per_step, steps
         self._workers, self._buffer = workers, buffer
-        self._batches: Any = None
+        self._running: list[Any] = []  # Grain's iterator, once started
+        weakref.finalize(self, _stop, self._running).atexit = False
         self.step = 0
         self.skipped: collections.deque[Skipped] = collections.deque(maxlen=_REMEMBERED)
         self.skipped_count = 0
@@ -89,9 +93,9 @@ class Loader(Iterator[HostBatch]):
             self.close()
             raise StopIteration
         try:
-            if self._batches is None:
-                self._batches = self._start()
-            parts = [next(self._batches) for _ in range(self._per_step)]
+            if not self._running:
+                self._running.append(self._start())
+            parts = [next(self._running[0]) for _ in range(self._per_step)]
         except BaseException:  # an interrupt too: no worker outlives it
             self.close()
             raise
@@ -152,9 +156,7 @@ class Loader(Iterator[HostBatch]):
 
     def close(self) -> None:
         """Stop the workers. The loader may go on later; it then starts new ones."""
-        batches, self._batches = self._batches, None
-        if batches is not None:
-            batches.close()
+        _stop(self._running)
 
     def __enter__(self) -> Self:
         return self
@@ -175,6 +177,7 @@ class Loader(Iterator[HostBatch]):
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
         if self._workers:
             self._check_shared_memory()
+            atexit.register(_stop_at_exit, self._running)  # before Grain's own end, which is noisy
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(self._workers, self._buffer), worker_init_fn=_begin_worker
             )
@@ -209,6 +212,17 @@ class _Range:
 
     def __getitem__(self, index: Any) -> tuple[Batch, Notes]:
         return self._task(self._start + int(index))
+
+
+def _stop(running: list[Any]) -> None:
+    while running:
+        running.pop().close()
+
+
+def _stop_at_exit(running: list[Any]) -> None:
+    if running:
+        _stop(running)
+        time.sleep(0.2)  # a thread of Grain's still frees the last shared arrays
 
 
 def _begin_worker(index: int, count: int) -> None:

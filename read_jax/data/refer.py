@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from read_jax.data.files import read_picture
 from read_jax.data.item import Compat, Item, Query
 from read_jax.data.plain_pickle import load_plain_pickle
 from read_jax.data.sources import unknown_split
 from read_jax.errors import DataError
-from read_jax.images.decode import MAX_PIXELS, read_image
+from read_jax.images.decode import MAX_PIXELS
 from read_jax.images.masks import CompactMask, MaskError
 from read_jax.images.polygons import coco_mask, coco_piece_sum
 
@@ -121,7 +122,9 @@ class ReferSource:
             width=picture.width,
             image_path=str(path),
             queries=tuple(queries),
-            load_image=partial(_read_picture, path, picture.height, picture.width),
+            load_image=partial(
+                read_picture, str(path), picture.height, picture.width, "its entry in instances.json"
+            ),
             load_mask=_Targets(self.name, used, tuple(ann_ids), picture.height, picture.width, self.compat),
         )
 
@@ -196,16 +199,6 @@ def _annotation(draw: Any, segmentations: dict[int, Any], ann_id: int, height: i
         return draw(segmentations[ann_id], height, width)
     except MaskError as error:
         raise DataError(f"annotation {ann_id}: {error}") from None
-
-
-def _read_picture(path: Path, height: int, width: int) -> np.ndarray:
-    image = read_image(path)
-    if image.shape[:2] != (height, width):
-        raise DataError(
-            f"{path} is {image.shape[0]}x{image.shape[1]} pixels (height x width), but its masks are "
-            f"of {height}x{width}; use the original picture, not a resized copy."
-        )
-    return image
 
 
 def _in_split(name: str, wanted: str) -> bool:

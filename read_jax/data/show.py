@@ -62,7 +62,7 @@ def draw_item(item: Item) -> np.ndarray:
     lines = [(None, f"{item.key}   {item.width} x {item.height}")]
     for i, (question, answer) in enumerate(zip(item.questions, item.answers, strict=True)):
         colour = MASK_COLOURS[i % len(MASK_COLOURS)] if item.exists[i] else np.full(3, 170)
-        wrapped = textwrap.wrap(f"{question}  →  {answer}", _COLUMNS)
+        wrapped = textwrap.wrap(f"{question}  --  {answer}", _COLUMNS)
         lines += [(colour if n == 0 else None, text) for n, text in enumerate(wrapped)]
     width = max(size[0], _SIDE)
     canvas = Image.new("RGB", (width, size[1] + _LINE * len(lines) + 12), "white")

@@ -75,7 +75,8 @@ def evaluate(
         conversation: prompt format; None: "llava_v1", but "vicuna_v1" to generate with compat "read".
         max_new_tokens: longest generated answer.
         dtype: type to compute in; None: as stored.
-        images_per_batch: pictures that go through the device together.
+        images_per_batch: pictures that go through the device together. A run that is continued with another
+            number may differ in the last bits.
         limit: only the first so many pictures.
         overwrite: discard what an earlier run left in `output`.
         max_bad: the run fails when a larger share of the pictures cannot be read.

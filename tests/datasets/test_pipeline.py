@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -229,10 +230,11 @@ from tests.datasets.in_memory import referring, tiny_packer
 if __name__ == "__main__":
     source = referring()
     mixture = Mixture([Group("g", 1, (source.name,))], {source.name: source})
-    for batch in TrainingLoader(mixture, tiny_packer(), 2, workers=1):
-        if batch.step == 0:
-            print("ready", flush=True)
-        time.sleep(0.01)
+    batches = TrainingLoader(mixture, tiny_packer(), 32, workers=1)
+    batch = next(batches)
+    print("ready", flush=True)
+    while input() != "end":
+        batch = next(batches)
 """
 
 
@@ -244,35 +246,50 @@ def group_alive(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGKILL"])
-def test_no_worker_outlives_the_main_process(tmp_path, signal_name):
+@pytest.fixture
+def running(tmp_path) -> Iterator[subprocess.Popen[str]]:
+    """A script in a session of its own, that has got its first batch from a worker."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, script],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         text=True,
         start_new_session=True,
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        if signal_name == "SIGINT":
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
-        else:
-            process.kill()
-        _, errors = process.communicate(timeout=60)
-        deadline = time.monotonic() + 30
-        while group_alive(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not group_alive(process.pid)
+        yield process
     finally:
         if group_alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
-    if signal_name == "SIGINT":
-        assert process.returncode != 0 and errors.count("KeyboardInterrupt") == 1
+
+
+def wait_for_all(process: subprocess.Popen[str], say: str = "") -> str:
+    """Standard error, once the script and its workers are gone."""
+    _, errors = process.communicate(say, timeout=60)
+    deadline = time.monotonic() + 30
+    while group_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_alive(process.pid)
+    return errors
+
+
+def test_ctrl_c_ends_the_workers_and_only_the_main_process_tells(running):
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to every process
+    assert wait_for_all(running).count("KeyboardInterrupt") == 1
+
+
+def test_workers_do_not_outlive_a_killed_main_process(running):
+    running.kill()
+    wait_for_all(running)
+
+
+def test_a_script_that_ends_without_closing_ends_without_a_word(running):
+    assert wait_for_all(running, "on\nend\n") == "" and running.returncode == 0
 
 
 # evaluation

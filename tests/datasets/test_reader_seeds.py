@@ -22,7 +22,7 @@ except ImportError:
 from read_jax.data import load_source
 from read_jax.data.sources import REFER_SETS
 
-# pycocotools 2.0.12 warns of its own __array__
+# pycocotools warns of its own __array__
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SEEDS = (5, 23, 411)
 MARGIN = 60

@@ -388,7 +388,7 @@ def test_picture_of_another_size_than_its_masks_is_an_error(tmp_path):
     write_picture(
         tmp_path / "refer_seg/images/mscoco/images/train2014/COCO_train2014_000000000005.jpg", (30, 20)
     )
-    with pytest.raises(DataError, match=r"is 30x20 pixels .* masks are of 20x30"):
+    with pytest.raises(DataError, match=r"is 20 x 30 pixels .* instances\.json is 30 x 20"):
         item.image  # noqa: B018 - decoding is the point
 
 

@@ -41,7 +41,7 @@ from read_jax.images.masks import CompactMask
 
 LENGTHS = {"train": 100_000, "val": 500, "test": 1_000}
 SPLITS = (*LENGTHS, *(f"{split}|{level}" for split in LENGTHS for level in LEVELS))
-_FIRST_OF_ENDLESS = 2**48  # indices have 48 bits of the key
+_INDICES = 2**48  # indices have 48 bits of the key
 
 __all__ = ["HELD_OUT", "LENGTHS", "SPLITS", "Drawing", "Scenes", "load"]
 
@@ -109,7 +109,7 @@ class Scenes:
             raise DataError(f"scenes has no level {level!r}; known: {', '.join(map(str, LEVELS))}.")
         if not 0 <= seed < 2**64:
             raise DataError(f"the seed of scenes must lie in 0 to 2^64 - 1, not {seed}.")
-        if length is not None and not 0 <= length <= _FIRST_OF_ENDLESS:
+        if length is not None and not 0 <= length <= _INDICES:
             raise DataError(f"the length of scenes must lie in 0 to 2^48, not {length}.")
         self.name = f"scenes|{split}" + (f"|{level}" if level else "")
         self.compat: Compat = compat
@@ -121,7 +121,7 @@ class Scenes:
         return self.length
 
     def __getitem__(self, index: int) -> Item:
-        end = _FIRST_OF_ENDLESS if self.length is None else self.length
+        end = _INDICES if self.length is None else self.length
         if index < 0 and self.length is not None:
             index += self.length
         if not 0 <= index < end:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+from read_jax.data.scenes.drawing import SUBPIXELS
 from read_jax.data.scenes.knowledge import CONFUSABLE, CORNERS, USES
 from read_jax.data.scenes.shapes import EVERYDAY
 from read_jax.data.scenes.world import Scene, Thing
@@ -151,7 +152,7 @@ def is_a(noun: Noun, scene: Scene, k: int) -> Truth:
 
 def is_at(place: str, thing: Thing, scene: Scene) -> Truth:
     """Whether the thing is at that part of the picture."""
-    x, y = thing.x / (64 * scene.width), thing.y / (64 * scene.height)
+    x, y = thing.x / (SUBPIXELS * scene.width), thing.y / (SUBPIXELS * scene.height)
     if place == "middle":
         off = max(abs(x - 0.5), abs(y - 0.5))
         return True if off < 0.11 else None if off < 0.2 else False
@@ -171,10 +172,10 @@ def related(relation: str, k: int, anchor: int, scene: Scene) -> Truth:
         "above": (b.y - a.y, b.x - a.x),
         "below": (a.y - b.y, b.x - a.x),
     }[relation]
-    if along < -_APART * 64 * min(scene.height, scene.width):
+    if along < -_APART * SUBPIXELS * min(scene.height, scene.width):
         return False
     # far more beside than beyond: some would say so, some not
-    clear = along > _APART * 64 * min(scene.height, scene.width) and abs(across) <= 2 * along
+    clear = along > _APART * SUBPIXELS * min(scene.height, scene.width) and abs(across) <= 2 * along
     return True if clear else None
 
 
@@ -220,7 +221,7 @@ def _extreme(expression: Extreme, scene: Scene) -> tuple[int, ...]:
     sign = -1 if expression.which in ("leftmost", "topmost") else 1
     sideways = expression.which in ("leftmost", "rightmost")
     scores = [float(sign * (t.x if sideways else t.y)) for t in things]
-    apart = _APART * 64 * min(scene.height, scene.width)
+    apart = _APART * SUBPIXELS * min(scene.height, scene.width)
     return _best(heads, scores, lambda best, next: best - next >= apart)
 
 
