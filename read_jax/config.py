@@ -32,8 +32,15 @@ def _matches(value: Any, hint: Any) -> bool:
     if origin in (types.UnionType, typing.Union):
         return any(_matches(value, option) for option in typing.get_args(hint))
     if origin is tuple:
-        (item, *_) = typing.get_args(hint)
-        return isinstance(value, list | tuple) and all(_matches(v, item) for v in value)
+        items = typing.get_args(hint)
+        if not isinstance(value, list | tuple) or (items[-1] is not ... and len(value) != len(items)):
+            return False
+        return all(_matches(v, items[0]) for v in value)
+    if origin is dict:
+        key, item = typing.get_args(hint)
+        return isinstance(value, Mapping) and all(
+            _matches(k, key) and _matches(v, item) for k, v in value.items()
+        )
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -50,7 +57,15 @@ def _wording(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
-class _Config:
+def _section(hint: Any) -> type[Config] | None:
+    """The configuration class that a field holds, alone or with None beside it."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return next(
+        (option for option in options if isinstance(option, type) and issubclass(option, Config)), None
+    )
+
+
+class Config:
     """JSON round trip and checking, shared by all the configurations."""
 
     @classmethod
@@ -67,8 +82,11 @@ class _Config:
                 near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
                 raise ConfigError(f"{where} has no key {key!r}; the nearest known key is {near[0]!r}.")
             hint = hints[key]
-            if isinstance(hint, type) and issubclass(hint, _Config):
-                values[key] = value if isinstance(value, hint) else hint.from_dict(value, f"{where}.{key}")
+            nested = _section(hint)
+            if nested and not (value is None and _matches(None, hint)):
+                values[key] = (
+                    value if isinstance(value, nested) else nested.from_dict(value, f"{where}.{key}")
+                )
                 continue
             if not _matches(value, hint):
                 raise ConfigError(f"{where}.{key} must be {_wording(hint)}, not {value!r}.")
@@ -93,7 +111,7 @@ class _Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig(_Config):
+class LlamaConfig(Config):
     """LLaMA decoder (RMSNorm, rotary positions, SwiGLU), grouped-query heads allowed."""
 
     vocab_size: int
@@ -157,7 +175,7 @@ class LlamaConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipVisionConfig(_Config):
+class ClipVisionConfig(Config):
     """CLIP vision transformer and which of its hidden states LLaVA reads.
 
     `select_layer` indexes the list of hidden states as transformers returns it: 0 is the embedding
@@ -245,7 +263,7 @@ _CLIP_DEFAULTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SamConfig(_Config):
+class SamConfig(Config):
     """Segment Anything: ViT image encoder, prompt encoder, mask decoder."""
 
     embed_dim: int
@@ -311,7 +329,7 @@ _SAM_PRESETS: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SaspConfig(_Config):
+class SaspConfig(Config):
     """Similarity as Points: how a similarity map becomes SAM point prompts.
 
     enabled: off gives LISA's and SESAME's pipeline ([SEG] embedding only).
@@ -362,7 +380,7 @@ SASP_PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadConfig(_Config):
+class ReadConfig(Config):
     """The whole model: CLIP, projector, LLaMA, SAM and SasP.
 
     projector: LLaVA's `mm_projector_type`, "linear" or "mlpNx_gelu".

@@ -192,7 +192,9 @@ class Loader(Iterator[HostBatch]):
         if not os.path.isdir("/dev/shm"):
             return
         free = shutil.disk_usage("/dev/shm").free
-        needed = self._task_bytes() * self._workers * (self._buffer + 1)
+        needed = (
+            self._task_bytes() * self._workers * (2 * self._buffer + 1)
+        )  # waiting at both ends, and in work
         if needed > free:
             raise DataError(
                 f"/dev/shm has {free >> 20} MB free, but {self._workers} workers need about {needed >> 20} "

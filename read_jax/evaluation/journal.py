@@ -35,6 +35,7 @@ from typing import Any
 from read_jax.errors import DataError
 
 FORMAT = 1
+_START = b'{"format":'
 _PATTERN = "answers-*.jsonl"
 _SYNC_SECONDS = 5.0  # at most this much is lost with the power
 
@@ -85,8 +86,8 @@ class Journal:
                         if path.name >= _name(hosts):  # of hosts that have no part in this run
                             path.unlink()
             else:
-                self._cut_torn_line()
                 headers = _read_into(self.folder, self.records)
+                self._cut_torn_line(own)
             for path, header in headers.items():
                 self._check_same(header["identity"], path)
             if own not in headers:
@@ -139,10 +140,13 @@ class Journal:
         except OSError:
             return  # a file system without locks: nothing to be had
 
-    def _cut_torn_line(self) -> None:
+    def _cut_torn_line(self, own: Path) -> None:
         self._file.seek(0)
         data = self._file.read()
-        self._file.truncate(data.rfind(b"\n") + 1)
+        whole = data.rfind(b"\n") + 1
+        if not whole and data[: len(_START)] != _START[: len(data)]:  # not the beginning of a header
+            raise _foreign(own)
+        self._file.truncate(whole)
         self._file.seek(0, io.SEEK_END)
 
     def _check_same(self, earlier: Mapping[str, Any], path: Path) -> None:
@@ -184,9 +188,7 @@ def _read_into(folder: Path, records: dict[int, dict[str, Any]]) -> dict[Path, d
             continue
         header, *rest = (_parse(line, path, number) for number, line in enumerate(lines, 1))
         if header.get("format") != FORMAT or not {"identity", "environment"} <= header.keys():
-            raise DataError(
-                f"{path} was not written by this version of read-jax evaluate; choose another folder."
-            )
+            raise _foreign(path)
         for number, record in enumerate(rest, 2):
             if not isinstance(record.get("index"), int):
                 raise DataError(f"{path}, line {number}: a picture without its index. {_START_AGAIN}")
@@ -200,6 +202,10 @@ def _keep(records: dict[int, dict[str, Any]], record: dict[str, Any]) -> None:
     index = record["index"]
     if "error" not in record or "error" in records.get(index, record):
         records[index] = record
+
+
+def _foreign(path: Path) -> DataError:
+    return DataError(f"{path} was not written by this version of read-jax evaluate; choose another folder.")
 
 
 def _name(host: int) -> str:

@@ -13,6 +13,7 @@ from read_jax.evaluation.metrics import THRESHOLDS
 from read_jax.evaluation.style import STYLE
 from read_jax.evaluation.tables import (
     Table,
+    absent_note,
     group_table,
     headline,
     intervals_in_words,
@@ -83,7 +84,9 @@ def _results(summary: Mapping[str, Any]) -> str:
     main = "".join(_card(key, entry) for key, entry in found.items() if key not in precision)
     rest = "".join(_card(key, found[key]) for key in precision)
     parts = [f'<dl class="cards">{main}</dl>', f'<dl class="cards small">{rest}</dl>' if rest else ""]
-    return f'{"".join(parts)}<p class="note">{escape(intervals_in_words(summary))}</p>'
+    absent = absent_note(summary["header"], summary)
+    notes = [*([absent] if absent else []), intervals_in_words(summary)]
+    return "".join(parts) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
 
 
 def _card(key: str, entry: Mapping[str, Any]) -> str:

@@ -58,6 +58,29 @@ def intervals_in_words(summary: Mapping[str, Any]) -> str:
     )
 
 
+def existing_only(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The metrics over the questions whose target exists; None when that is all of them, or none."""
+    counts = summary["counts"]
+    if not counts["absent"] or not counts["existing"]:
+        return None
+    rows = next(group["rows"] for group in summary["groups"] if group["name"] == "presence")
+    return rows[0]["metrics"]  # existing ones come first
+
+
+def absent_note(header: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """What absent targets do to gIoU, and its value without them; empty when there are none."""
+    metrics = existing_only(summary)
+    if metrics is None:
+        return ""
+    why = ", which a given denial always earns" if header.get("mode") == "forced" else ""
+    giou = metrics["giou"]
+    bounds = f" ({interval(giou)})" if interval(giou) else ""
+    return (
+        f"gIoU counts a question whose target is absent as 1 when no mask is drawn{why}; over the "
+        f"{number(summary['counts']['existing'])} whose target exists it is {percent(giou['value'])}{bounds}."
+    )
+
+
 def terminal_text(summary: Mapping[str, Any]) -> str:
     """The results in a few lines for a terminal."""
     header = summary["header"]
@@ -66,6 +89,7 @@ def terminal_text(summary: Mapping[str, Any]) -> str:
     if table:
         lines += [f"  {name:<6} {value:>6}  {bounds}" for name, value, bounds in table.rows]
         lines.append(f"  In percent, with {table.columns[-1]}s.")
+        lines += [f"  {note}" for note in table.notes[:-1]]
     return "\n".join(lines)
 
 
@@ -76,9 +100,10 @@ def overall_table(summary: Mapping[str, Any]) -> Table | None:
         for key, entry in summary["overall"].items()
         if entry["value"] is not None
     ]
-    how = intervals_in_words(summary)
+    note = absent_note(summary["header"], summary)
+    notes = [*([note] if note else []), intervals_in_words(summary)]
     level = f"{100 * summary['intervals']['level']:.0f}% interval"
-    return Table(("metric", "%", level), rows, notes=[how]) if rows else None
+    return Table(("metric", "%", level), rows, notes=notes) if rows else None
 
 
 def group_table(group: Mapping[str, Any], summary: Mapping[str, Any]) -> Table | None:
@@ -113,10 +138,11 @@ def published_table(header: Mapping[str, Any], summary: Mapping[str, Any]) -> Ta
         (f"paper: {p.model}", *("–" if getattr(p, k) is None else str(getattr(p, k)) for k in keys))
         for p in paper
     ]
-    ours = [
-        f"{percent(summary['overall'][k]['value'])}\n{interval(summary['overall'][k])}".rstrip() for k in keys
-    ]
-    rows.append((f"this run: {model_name(header)}", *ours))
+    name = f"this run: {model_name(header)}"
+    for label, metrics in ((name, summary["overall"]), (f"{name}, existing targets", existing_only(summary))):
+        if metrics:
+            values = (f"{percent(metrics[k]['value'])}\n{interval(metrics[k])}".rstrip() for k in keys)
+            rows.append((label, *values))
     apart = differences(header, summary["counts"]["pictures"])
     note = (
         f"Not the paper's settings: {'; '.join(apart)}."

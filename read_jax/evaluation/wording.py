@@ -15,7 +15,7 @@ METRIC_NAMES = {
     **{f"precision@{t}": f"P@{t:.1f}".replace("0.", ".") for t in (0.5, 0.6, 0.7, 0.8, 0.9)},
 }
 METRIC_MEANINGS = {
-    "giou": "mean over questions of intersection over union",
+    "giou": "mean over questions of intersection over union; 1 where there is nothing and nothing is drawn",
     "ciou": "summed intersections over summed unions",
     "see_accuracy": "questions whose target's presence was judged rightly",
     "n_acc": "of the questions whose target is absent, those answered without a mask",

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from read_jax.config import ReadConfig
-from read_jax.errors import CheckpointError, ConfigError
 from read_jax.geometry import image_geometry, stack_geometries
 from read_jax.images.decode import read_image
 from read_jax.images.preprocess import clip_crop, sam_resize
@@ -27,10 +26,11 @@ from read_jax.inference.request import (
     prepare_prompt,
 )
 from read_jax.inference.tracing import trace_answer
-from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
+from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix
 from read_jax.text.conversation import Template, get_template
 from read_jax.text.tokenizer import Tokenizer
-from read_jax.weights.checkpoint import UPSTREAM, flatten, load_config, load_params
+from read_jax.weights.checkpoint import UPSTREAM, load_config
+from read_jax.weights.model import load_model
 
 Image = Any
 """A path, encoded bytes, a PIL image, a uint8 array [h, w, 3], or a `PreparedImage`."""
@@ -82,31 +82,12 @@ def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
         CheckpointError: the folder is missing, incomplete or corrupt.
         ConfigError: an unknown dtype.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ConfigError(f"dtype must be 'float32' or 'bfloat16', not {dtype!r}.")
     model_dir = Path(model_dir).expanduser()
-    config = load_config(model_dir)
-    tokenizer = Tokenizer.load(model_dir / UPSTREAM)  # quick to fail, so before the weights
-    leaves = flatten(load_params(model_dir, dtype=dtype))
-    kind = next(iter(leaves.values())).dtype
-    model = nnx.eval_shape(lambda: Read(config, dtype=kind, param_dtype=kind, rngs=nnx.Rngs(0)))
-    graphdef, abstract = nnx.split(model)
-    flat = {}
-    for path, variable in nnx.to_flat_state(abstract):
-        name = ".".join(map(str, path))
-        leaf = leaves.pop(name, None)
-        if leaf is None or leaf.shape != variable.shape:
-            found = "missing" if leaf is None else f"of shape {leaf.shape}"
-            raise CheckpointError(
-                f"{model_dir}: parameter {name} is {found}, expected {variable.shape}; convert the model "
-                "again."
-            )
-        flat[path] = variable.replace(leaf)
-    if leaves:
-        raise CheckpointError(
-            f"{model_dir}: parameters the model does not know: {', '.join(sorted(leaves)[:5])}."
-        )
-    return Segmenter(config, graphdef, nnx.from_flat_state(flat), tokenizer)
+    load_config(model_dir)  # these two are quick to fail, so before the weights
+    tokenizer = Tokenizer.load(model_dir / UPSTREAM)
+    model = load_model(model_dir, dtype=dtype)
+    graphdef, params = nnx.split(model)
+    return Segmenter(model.config, graphdef, params, tokenizer)
 
 
 class Segmenter:

@@ -57,9 +57,7 @@ def linear(
     rngs: nnx.Rngs,
 ) -> Linear:
     """A dense layer, kernel [in, out]."""
-    return Linear(
-        in_features, out_features, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-    )
+    return Linear(in_features, out_features, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 def layer_norm(size: int, eps: float, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -97,7 +95,7 @@ def scan_layers(
     body: Callable[[Any, Carry, Any], tuple[Carry, Any]],
     xs: Any = None,
     *,
-    remat: bool = False,
+    remat: bool | Callable[..., bool] = False,
 ) -> tuple[Carry, Any]:
     """Run a stack in order: `carry, y = body(layer, carry, x)` for every layer.
 
@@ -106,7 +104,8 @@ def scan_layers(
         carry: what flows from layer to layer.
         body: one layer's step.
         xs: pytree with a leading [L] axis, one slice per layer.
-        remat: recompute the layer's activations in the backward pass.
+        remat: recompute the layer's activations in the backward pass; a policy of
+            `jax.checkpoint_policies` names those that are kept instead.
 
     Returns:
         The last carry, and the `y` of all layers stacked.
@@ -118,7 +117,9 @@ def scan_layers(
         # copy: a merged module must not alias the outer trace's variables, or grad would refuse it
         return body(nnx.merge(graphdef, layer_params, copy=True), carry, x)
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, (params, xs))
+    if remat:
+        step = jax.checkpoint(step, policy=remat if callable(remat) else None)
+    return jax.lax.scan(step, carry, (params, xs))
 
 
 def gather_layer(layers: nnx.Module, index: Array) -> Any:

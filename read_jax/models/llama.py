@@ -10,6 +10,7 @@ softmax in float32, grouped-query heads).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -154,7 +155,7 @@ class Llama(nnx.Module):
         positions: Array,
         *,
         prefix: KeyValues | None = None,
-        remat: bool = False,
+        remat: bool | Callable[..., bool] = False,
         dropout_key: Array | None = None,
     ) -> tuple[Array, KeyValues]:
         """Causal forward pass over whole rows.
@@ -163,7 +164,7 @@ class Llama(nnx.Module):
             x: [B, Q, T, D] input embeddings.
             positions: [B, Q, T] rotary positions.
             prefix: keys and values [L, B, S, G, K] that every row sees before its own tokens.
-            remat: recompute each layer's activations in the backward pass.
+            remat: as for `scan_layers`.
             dropout_key: for the dropout of low-rank adapters; None drops nothing.
 
         Returns:

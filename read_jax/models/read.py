@@ -10,6 +10,7 @@ with SasP off. Source of the behaviour: READ's `READForCausalLM`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -157,7 +158,7 @@ class Read(nnx.Module):
         image_tokens: Array,
         image_start: int,
         *,
-        remat: bool = False,
+        remat: bool | Callable[..., bool] = False,
         dropout_key: Array | None = None,
     ) -> Prefix:
         """Run the language model over the prefix.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from read_jax.config import Config
 from read_jax.errors import ConfigError
 from read_jax.models.layers import Linear
 from read_jax.models.llama import Llama
@@ -21,7 +22,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Config):
     """Which projections of the language model's attention are adapted, and how.
 
     The original: rank 8 from SESAME, 64 from scratch, alpha twice the rank, dropout 0.05, on q and v.

@@ -9,15 +9,17 @@ nothing is kept for the backward pass of what does not depend on them.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from read_jax.config import Config
 from read_jax.data.packing import Batch
 from read_jax.errors import ConfigError
 from read_jax.geometry import ImageGeometry
-from read_jax.models.read import ImageFeatures, Prefix, Read
+from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
 from read_jax.models.sam.postprocess import mask_logits
 from read_jax.text.targets import IGNORE_INDEX
 from read_jax.training.losses import COUNT_EPS, MaskLosses, mask_losses, token_cross_entropy
@@ -26,7 +28,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class LossWeights:
+class LossWeights(Config):
     """Factors of the losses in the total (the paper's: 1, 2, 0.5 and no focal loss)."""
 
     ce: float = 1.0
@@ -37,6 +39,8 @@ class LossWeights:
     def __post_init__(self) -> None:
         if any(not value >= 0 for value in dataclasses.astuple(self)):
             raise ConfigError(f"loss weights must not be negative: {self}.")
+        if not any(dataclasses.astuple(self)):
+            raise ConfigError("all loss weights are zero: there is nothing to learn.")
 
 
 class Counts(NamedTuple):
@@ -63,6 +67,57 @@ def count(batch: Batch) -> Counts:
     return Counts(jnp.sum(supervised).astype(jnp.float32), jnp.sum(masks).astype(jnp.float32))
 
 
+class Forward(NamedTuple):
+    """A batch up to the language model's final states.
+
+    features: of the pictures; prefix: of the pictures; states: [B, Q, T, D] of the questions' tokens.
+    """
+
+    features: ImageFeatures
+    prefix: Prefix
+    states: Array
+
+
+class PictureMasks(NamedTuple):
+    """The masks of one picture's questions.
+
+    prediction: with a leading [Q]; logits: float32 [Q, Hm, Wm] on the batch's canvas; valid: bool
+    [Q, Hm, Wm], the pixels that are judged: inside the picture and not to be ignored.
+    """
+
+    prediction: MaskPrediction
+    logits: Array
+    valid: Array
+
+
+def forward(
+    model: Read,
+    batch: Batch,
+    prefix_ids: Array,
+    image_start: int,
+    *,
+    features: ImageFeatures | None = None,
+    dropout_key: Array | None = None,
+    remat: bool | Callable[..., bool] = False,
+) -> Forward:
+    """Encoders, shared prefix and questions of a batch; arguments as for `objective`."""
+    if features is None:
+        geometry = batch.geometry
+        features = model.encode_images(
+            batch.clip_pixels, batch.sam_pixels, geometry.sam_height, geometry.sam_width
+        )
+    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    prefix = model.encode_prefix(
+        jnp.asarray(prefix_ids), features.image_tokens, image_start, remat=remat, dropout_key=keys[0]
+    )
+    ids = jnp.asarray(batch.question_ids)
+    positions = jnp.broadcast_to(prefix.states.shape[1] + jnp.arange(ids.shape[-1]), ids.shape)
+    states, _ = model.llama(
+        model.llama.embed(ids), positions, prefix=prefix.key_values, remat=remat, dropout_key=keys[1]
+    )
+    return Forward(features, prefix, states)
+
+
 def objective(
     model: Read,
     batch: Batch,
@@ -73,7 +128,8 @@ def objective(
     *,
     features: ImageFeatures | None = None,
     dropout_key: Array | None = None,
-    remat: bool = True,
+    remat: bool | Callable[..., bool] = True,
+    abreast: int = 1,
 ) -> Losses:
     """The part of the loss that a batch, or a micro-batch of it, contributes.
 
@@ -86,68 +142,78 @@ def objective(
         weights: of the losses.
         features: of the pictures, when they are known already.
         dropout_key: for the adapters' dropout; None drops nothing.
-        remat: recompute the language model's activations in the backward pass.
+        remat: recompute the language model's activations in the backward pass; see `scan_layers`.
+        abreast: see `map_pictures`.
     """
-    if features is None:
-        geometry = batch.geometry
-        features = model.encode_images(
-            batch.clip_pixels, batch.sam_pixels, geometry.sam_height, geometry.sam_width
-        )
-    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    prefix = model.encode_prefix(
-        jnp.asarray(prefix_ids), features.image_tokens, image_start, remat=remat, dropout_key=keys[0]
+    out = forward(
+        model, batch, prefix_ids, image_start, features=features, dropout_key=dropout_key, remat=remat
     )
-    ids = batch.question_ids
-    positions = jnp.broadcast_to(prefix.states.shape[1] + jnp.arange(ids.shape[-1]), ids.shape)
-    states, _ = model.llama(
-        model.llama.embed(ids), positions, prefix=prefix.key_values, remat=remat, dropout_key=keys[1]
-    )
-    ce = _text_loss(model, states, batch) / jnp.maximum(counts.tokens, 1.0)
-    masks = _mask_loss_sums(model, states, prefix, features, batch, image_start)
+    ce = _text_loss(model, out.states, batch, abreast) / jnp.maximum(counts.tokens, 1.0)
+    masks = _mask_loss_sums(model, out, batch, image_start, abreast)
     bce, dice, focal = (value / (counts.masks + COUNT_EPS) for value in masks)
     parts = (weights.ce * ce, weights.bce * bce, weights.dice * dice, weights.focal * focal)
     return Losses(sum(parts, jnp.float32(0)), *parts)
 
 
-def _text_loss(model: Read, states: Array, batch: Batch) -> Array:
+def map_pictures(function: Callable[[Any], Any], xs: Any, abreast: int = 1) -> Any:
+    """`function` of every picture (pytree with a leading [B]), `abreast` of them at a time.
+
+    Those at a time lie B / abreast apart, so that with as many as devices share the batch, every device has
+    one of its own in each turn. What the function keeps for the backward pass is computed again there.
+    """
+    mapped = jax.vmap(jax.checkpoint(function))
+    turns = jax.tree.map(lambda x: jnp.reshape(x, (abreast, -1, *jnp.shape(x)[1:])).swapaxes(0, 1), xs)
+    out = jax.lax.map(mapped, turns)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+
+
+def picture_masks(
+    model: Read, out: Forward, batch: Batch, image_start: int
+) -> tuple[Callable[[Any], PictureMasks], Any]:
+    """(function, pytree) for `map_pictures`: the masks of each picture's questions."""
+    questions = batch.has_mask.shape[1]
+    tokens = out.features.image_tokens.shape[1]
+    image_states = out.prefix.states[:, image_start : image_start + tokens]
+    seg_at = jnp.asarray(batch.seg_at)
+    seg_states = jnp.take_along_axis(out.states, seg_at[..., None, None], axis=2)[:, :, 0]  # [B, Q, D]
+
+    def of_picture(args: tuple[Array, Array, Array, ImageGeometry, Array, Array]) -> PictureMasks:
+        seg, image, embedding, geometry, size, target = args
+
+        def rows(x: Array) -> Array:  # the picture's, for each of its questions
+            return jnp.broadcast_to(x, (questions, *jnp.shape(x)))
+
+        prediction = model.predict_masks(seg, rows(image), rows(embedding), jax.tree.map(rows, geometry))
+        height, width = (jnp.arange(n) for n in target.shape[-2:])
+        at_size = geometry._replace(height=size[0], width=size[1])
+        logits = mask_logits(prediction.low_res_masks, at_size, height, width)
+        inside = (height < size[0])[:, None] & (width < size[1])
+        return PictureMasks(prediction, logits, inside & (target != 255))
+
+    embedding = out.features.image_embedding
+    return of_picture, (seg_states, image_states, embedding, batch.geometry, batch.mask_size, batch.masks)
+
+
+def _text_loss(model: Read, states: Array, batch: Batch, abreast: int) -> Array:
     """Summed cross-entropy of the supervised tokens of states [B, Q, T, D]."""
     targets = jnp.where(batch.valid[:, None, None], batch.labels, IGNORE_INDEX)[..., 1:]
 
     def of_picture(args: tuple[Array, Array]) -> Array:
         return token_cross_entropy(model.llama.logits(args[0]), args[1])[0]
 
-    # one picture's logits at a time, computed again in the backward pass: [B, Q, T, V] never exists
-    return jnp.sum(jax.lax.map(jax.checkpoint(of_picture), (states[:, :, :-1], targets)))
+    # a few pictures' logits at a time: [B, Q, T, V] never exists
+    return jnp.sum(map_pictures(of_picture, (states[:, :, :-1], targets), abreast))
 
 
-def _mask_loss_sums(
-    model: Read, states: Array, prefix: Prefix, features: ImageFeatures, batch: Batch, image_start: int
-) -> MaskLosses:
+def _mask_loss_sums(model: Read, out: Forward, batch: Batch, image_start: int, abreast: int) -> MaskLosses:
     """Sums of the mask losses over the rows that have a mask."""
-    questions = batch.has_mask.shape[1]
-    tokens = features.image_tokens.shape[1]
-    image_states = prefix.states[:, image_start : image_start + tokens]
-    seg_states = jnp.take_along_axis(states, batch.seg_at[..., None, None], axis=2)[:, :, 0]  # [B, Q, D]
+    masks_of, pictures = picture_masks(model, out, batch, image_start)
 
-    def of_picture(args: tuple[Array, Array, Array, ImageGeometry, Array, Array]) -> MaskLosses:
-        seg, image, embedding, geometry, size, target = args
+    def of_picture(args: Any) -> MaskLosses:
+        masks = masks_of(args)
+        return mask_losses(masks.logits, args[-1] == 1, masks.valid)
 
-        def rows(x: Array) -> Array:  # the picture's, for each of its questions
-            return jnp.broadcast_to(x, (questions, *jnp.shape(x)))
-
-        low_res = model.predict_masks(
-            seg, rows(image), rows(embedding), jax.tree.map(rows, geometry)
-        ).low_res_masks
-        height, width = (jnp.arange(n) for n in target.shape[-2:])
-        at_size = geometry._replace(height=size[0], width=size[1])
-        logits = mask_logits(low_res, at_size, height, width)
-        inside = (height < size[0])[:, None] & (width < size[1])
-        return mask_losses(logits, target == 1, inside & (target != 255))
-
-    per_mask = jax.lax.map(
-        jax.checkpoint(of_picture),
-        (seg_states, image_states, features.image_embedding, batch.geometry, batch.mask_size, batch.masks),
-    )
+    per_mask = map_pictures(of_picture, pictures, abreast)
     counted = batch.has_mask & batch.valid[:, None]
     # where, not times: a row without a mask may hold anything
     return MaskLosses(*(jnp.sum(jnp.where(counted, value, 0.0)) for value in per_mask))

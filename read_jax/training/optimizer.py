@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from read_jax.config import Config
 from read_jax.errors import ConfigError
 
 SCHEDULES = ("linear", "deepspeed", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """How parameters are updated.
 
     Attributes:

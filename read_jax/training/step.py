@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from read_jax.config import Config
 from read_jax.data.packing import Batch
 from read_jax.errors import ConfigError
 from read_jax.models.layers import LoraParam
-from read_jax.models.read import Read
-from read_jax.training.objective import Losses, LossWeights, count, objective
+from read_jax.models.read import ImageFeatures, Read
+from read_jax.training.objective import Counts, Losses, LossWeights, count, objective
 
 Array = jax.Array
 
@@ -38,34 +39,51 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepConfig:
+class StepConfig(Config):
     """How a batch becomes an update.
 
     Attributes:
         micro_batches: parts the batch is cut into, one after the other through the model; same result.
-        remat: recompute the language model's activations in the backward pass.
+        remat: recompute the language model's activations in the backward pass: all of them (True), none
+            (False), or all but the results of its weights' matrix products ("dots").
         ema_decay: of the moving average of the parameters; 0 keeps none.
         max_gradient_norm: an update whose gradient norm exceeds it is skipped, as one that is not finite.
         seed: of the adapters' dropout.
     """
 
     micro_batches: int = 1
-    remat: bool = True
+    remat: bool | Literal["dots"] = True
     ema_decay: float = 0.0
     max_gradient_norm: float = float("inf")
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require_positive("micro_batches", "max_gradient_norm")
+        self._require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}.")
+        self._require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), not {self.seed}.")
+
+    @property
+    def remat_policy(self) -> bool | Callable[..., bool]:
+        """As `scan_layers` takes it."""
+        if self.remat == "dots":
+            return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return self.remat
 
 
 def is_trainable(names: Sequence[str]) -> Callable[[tuple[Any, ...], Any], bool]:
     """A filter for `nnx.split`: leaves under one of the dotted names, "lora" for adapters, "all" for all."""
 
     def chosen(path: tuple[Any, ...], value: Any) -> bool:
-        if "lora" in names and isinstance(value, LoraParam):
-            return True
-        dotted = ".".join(map(str, path)) + "."
-        return "all" in names or any(dotted.startswith(f"{name}.") for name in names)
+        return is_chosen(names, ".".join(map(str, path)), isinstance(value, LoraParam))
 
     return chosen
+
+
+def is_chosen(names: Sequence[str], path: str, adapter: bool = False) -> bool:
+    """Whether the leaf at a dotted path is among the trainable names."""
+    if "all" in names or (adapter and "lora" in names):
+        return True
+    return any(f"{path}.".startswith(f"{name}.") for name in names)
 
 
 def split_model(model: Read, names: Sequence[str] = TRAINABLE) -> tuple[Any, Any, Any]:
@@ -74,18 +92,77 @@ def split_model(model: Read, names: Sequence[str] = TRAINABLE) -> tuple[Any, Any
     Raises `ConfigError` when a name matches nothing in the model.
     """
     graphdef, trainable, frozen = nnx.split(model, is_trainable(names), ...)
-    paths = [".".join(map(str, path)) + "." for path, _ in nnx.to_flat_state(trainable)]
-    for name in set(names) - {"all", "lora"}:
-        if not any(path.startswith(f"{name}.") for path in paths):
+    leaves = nnx.to_flat_state(trainable)
+    for name in names:
+        found = any(
+            is_chosen((name,), ".".join(map(str, path)), isinstance(leaf, LoraParam)) for path, leaf in leaves
+        )
+        if not found:
             raise ConfigError(f"nothing in the model is named {name!r}; it cannot be trained.")
     return graphdef, trainable, frozen
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, config: StepConfig) -> TrainState:
     """The state before the first update."""
-    zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return TrainState(zero, params, optimizer.init(params), ema, zero)
+    # two zeros: buffers of a donated state must not be the same
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
+
+
+def make_gradients(
+    graphdef: Any,
+    prefix_ids: Any,
+    image_start: int,
+    weights: LossWeights,
+    config: StepConfig,
+    abreast: int = 1,
+) -> Callable[..., tuple[Any, Losses, Counts]]:
+    """The function (params, frozen, batch, key, features=None) -> (gradients, losses, counts).
+
+    key: for the adapters' dropout. features: `ImageFeatures` of the batch, when they are known already.
+    abreast: devices that share the batch; see `map_pictures`.
+    """
+
+    def loss_of(
+        params: Any, frozen: Any, part: tuple[Batch, ImageFeatures | None], counts: Counts, key: Array
+    ) -> tuple[Array, Losses]:
+        model = nnx.merge(graphdef, params, frozen, copy=True)
+        losses = objective(
+            model,
+            part[0],
+            counts,
+            prefix_ids,
+            image_start,
+            weights,
+            features=part[1],
+            dropout_key=key,
+            remat=config.remat_policy,
+            abreast=abreast,
+        )
+        return losses.total, losses
+
+    def gradients_of(
+        params: Any, frozen: Any, batch: Batch, key: Array, features: ImageFeatures | None = None
+    ) -> tuple[Any, Losses, Counts]:
+        counts = count(batch)
+
+        def cut(x: Array) -> Array:
+            # part k holds every K-th picture: where devices share the batch, all have work in every part
+            return jnp.reshape(x, (-1, config.micro_batches, *jnp.shape(x)[1:])).swapaxes(0, 1)
+
+        def accumulate(sums: Any, xs: tuple[Any, Array]) -> tuple[Any, None]:
+            (_, losses), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+                params, frozen, xs[0], counts, xs[1]
+            )
+            return jax.tree.map(jnp.add, sums, (gradients, losses)), None
+
+        parts = jax.tree.map(cut, (batch, features))
+        keys = jax.random.split(key, config.micro_batches)
+        zeros = jax.tree.map(jnp.zeros_like, params), Losses(*[jnp.float32(0)] * len(Losses._fields))
+        (gradients, losses), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
+        return gradients, losses, counts
+
+    return gradients_of
 
 
 def make_train_step(
@@ -95,34 +172,22 @@ def make_train_step(
     image_start: int,
     weights: LossWeights,
     config: StepConfig,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The function (state, frozen leaves, batch) -> (state, metrics), to be jitted by the caller.
+    abreast: int = 1,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The function (state, frozen leaves, batch, features=None) -> (state, metrics), to be jitted.
 
-    Metrics are float32 scalars: the losses, norms of gradients, updates and parameters, tokens and masks
-    that counted, and whether the update was applied.
+    Metrics are scalars: the losses, norms of gradients, updates and parameters, tokens and masks that
+    counted, whether the update was applied, and how many were skipped so far. An update that is not finite or
+    exploded changes nothing but `step` and `skipped`. abreast: as for `make_gradients`.
     """
     base_key = jax.random.key(config.seed)
+    gradients_of = make_gradients(graphdef, prefix_ids, image_start, weights, config, abreast)
 
-    def losses_of(params: Any, frozen: Any, part: Batch, counts: Any, key: Array) -> tuple[Array, Losses]:
-        model = nnx.merge(graphdef, params, frozen, copy=True)
-        losses = objective(
-            model, part, counts, prefix_ids, image_start, weights, dropout_key=key, remat=config.remat
-        )
-        return losses.total, losses
-
-    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        counts = count(batch)
-        parts = jax.tree.map(lambda x: x.reshape(config.micro_batches, -1, *x.shape[1:]), batch)
-        keys = jax.random.split(jax.random.fold_in(base_key, state.step), config.micro_batches)
-
-        def accumulate(sums: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
-            (_, losses), gradients = jax.value_and_grad(losses_of, has_aux=True)(
-                state.params, frozen, xs[0], counts, xs[1]
-            )
-            return jax.tree.map(jnp.add, sums, (gradients, losses)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params), Losses(*[jnp.float32(0)] * len(Losses._fields))
-        (gradients, losses), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
+    def train_step(
+        state: TrainState, frozen: Any, batch: Batch, features: ImageFeatures | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(base_key, state.step)
+        gradients, losses, counts = gradients_of(state.params, frozen, batch, key, features)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         applied = jnp.isfinite(losses.total) & jnp.isfinite(norm) & (norm <= config.max_gradient_norm)
@@ -148,6 +213,7 @@ def make_train_step(
             "tokens": counts.tokens,
             "masks": counts.masks,
             "applied": applied.astype(jnp.float32),
+            "skipped": after.skipped,
         }
         return after, metrics
 

@@ -1,4 +1,4 @@
-"""Speed of the input pipeline, beside the same work through PyTorch's DataLoader and the original's transforms.
+"""Speed of our input pipeline, beside PyTorch's DataLoader with the original's transforms, on the same work.
 
     python -m tests.benchmarks.pipeline --workers 0 1 2 --examples 96 --rounds 3
 

@@ -69,10 +69,10 @@ def test_the_recipes_hold_the_papers_rates():
 
 def test_pictures_of_a_source_are_drawn_uniformly():
     mixture = mixture_of(referring(count=7))
-    counts = collections.Counter(mixture.choose(k).index for k in range(20_000))
+    counts = collections.Counter(mixture.choose(k).index for k in range(7000))
     assert sorted(counts) == list(range(7))
     for count in counts.values():
-        assert_frequency(count, 20_000, 1 / 7)
+        assert_frequency(count, 7000, 1 / 7)
 
 
 def test_sources_of_a_group_may_have_rates_of_their_own():
@@ -170,7 +170,7 @@ def test_referring_texts_say_themselves_what_exists():
 
 
 def test_reasoning_pictures_are_asked_for_false_premises_at_the_papers_rate():
-    mixture, total, false, some = mixture_of(reasoning()), 4000, 0, 0
+    mixture, total, false, some = mixture_of(reasoning()), 2000, 0, 0
     for k in range(total):
         sample = mixture[k]
         assert len({row.exists for row in sample.rows}) == 1 and len(sample.rows) == 2
@@ -251,6 +251,20 @@ def test_ignored_pixels_are_kept_by_default_and_background_in_compat_mode():
     source = referring()
     assert 255 in mixture_of(source)[0].rows[0].mask.decode()
     assert set(np.unique(mixture_of(source, compat="read")[0].rows[0].mask.decode())) == {0, 1}
+
+
+@pytest.mark.parametrize(("compat", "count"), [(None, 2), ("read", 1)])
+def test_in_compat_mode_false_premises_are_no_more_than_the_texts(compat, count):
+    def queries(index):
+        return (Query("cup"), Query("fork", False, answer="No."), Query("spoon", False, answer="No."))
+
+    source = Pictures("ReasonSeg|train", 2, queries)
+    (sizes,) = {
+        len(m[k].rows)
+        for m in [mixture_of(source, compat=compat, premises={"ReasonSeg": {"stated": 1}})]
+        for k in range(10)
+    }
+    assert sizes == count
 
 
 def test_a_picture_without_questions_is_replaced_from_the_same_source():
@@ -366,6 +380,25 @@ def test_the_fingerprint_is_json_and_tells_every_setting_that_changes_examples()
     ]
     prints = [json.dumps(m.fingerprint()) for m in (base, *others)]
     assert len(set(prints)) == len(prints)
+
+
+@pytest.mark.parametrize("compat", [None, "read"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_papers_mixtures_open_on_the_datasets(fixtures, recipe, compat):
+    mixture = load_mixture(recipe, fixtures / "dataset", compat=compat, seed=2)
+    assert list(mixture.probabilities()) == [f"{g.name}/{s}" for g in RECIPES[recipe] for s in g.sources]
+    for k in range(60):
+        sample, skipped = mixture.draw(k, lambda sample: sample)
+        assert not skipped and 1 <= len(sample.rows) <= 3
+        for row in sample.rows:
+            assert (row.mask is not None) == row.exists == ("[SEG]" in row.turns[0][1])
+            assert row.mask is None or row.mask.decode().shape == sample.image.shape[:2]
+
+
+def test_a_mixture_of_ones_own_needs_no_recipe():
+    mixture = load_mixture({"scenes|train": 1}, seed=4)
+    assert mixture.probabilities() == {"scenes/scenes|train": 1.0}
+    assert mixture[0].key.startswith("scenes|train:") and mixture[0].rows
 
 
 def test_an_unknown_mixture_is_an_error_that_lists_the_known_ones():

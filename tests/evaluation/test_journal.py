@@ -159,10 +159,13 @@ def test_damage_in_the_middle_is_reported_with_its_line(tmp_path, line, message)
         read_records(tmp_path)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "answers-00000.jsonl").write_text('{"what": "mine"}\n')
+@pytest.mark.parametrize("text", ['{"what": "mine"}\n', '{"what": "mine"}\n{"more', "mine", '{"format":2}\n'])
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text):
+    path = tmp_path / "answers-00000.jsonl"
+    path.write_text(text)
     with pytest.raises(DataError, match="not written by"):
         Journal(tmp_path, IDENTITY)
+    assert path.read_text() == text
 
 
 def test_a_folder_without_an_evaluation_is_named(tmp_path):

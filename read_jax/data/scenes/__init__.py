@@ -1,8 +1,9 @@
 """Drawn scenes: a dataset without end and without a download, to train and evaluate on first.
 
 A scene is 2 to 7 things of 20 shapes (8 geometric, 12 everyday), 10 colours, 2 sizes and, in harder scenes,
-3 patterns, on a pale background; its pictures are 96 to 256 pixels a side. About it go three to eight
-questions, each answered from the scene itself; a question on which people could disagree is not asked.
+3 patterns, on a pale background; its pictures are 96 to 256 pixels a side. All things lie in the picture's
+central square, which is what CLIP sees of it. About it go three to eight questions, each answered from the
+scene itself; a question on which people could disagree is not asked.
 
     level 1   2 or 3 things apart; attributes
     level 2   3 to 6 things; attributes and places, all of a sort, leftmost, largest, left of, above ...

@@ -205,11 +205,9 @@ def _lay_out(
 
 
 def _apart(draws: Random, thing: Thing, placed: list[Thing], height: int, width: int) -> Thing | None:
-    margin = thing.extent * 54 // 100
+    (left, right), (top, bottom) = _stage(thing, height, width)
     for _ in range(_TRIES):
-        x = draws.between(margin, width * SUBPIXELS - margin)
-        y = draws.between(margin, height * SUBPIXELS - margin)
-        moved = dataclasses.replace(thing, x=x, y=y)
+        moved = dataclasses.replace(thing, x=draws.between(left, right), y=draws.between(top, bottom))
         if _is_apart(moved, placed, height, width):
             return moved
     return None
@@ -223,17 +221,28 @@ def _in_front(
     rest = placed[:back] + placed[back + 1 :]
     if behind.colour == thing.colour:
         return None
-    margin, reach = thing.extent * 54 // 100, (thing.extent + behind.extent) // 2
+    (left, right), (top, bottom) = _stage(thing, height, width)
+    reach = (thing.extent + behind.extent) // 2
     for _ in range(_TRIES // 2):
         x, y = behind.x + draws.between(-reach, reach), behind.y + draws.between(-reach, reach)
         moved = dataclasses.replace(thing, x=x, y=y)
-        if not margin <= x <= width * SUBPIXELS - margin or not margin <= y <= height * SUBPIXELS - margin:
+        if not left <= x <= right or not top <= y <= bottom:
             continue
         if not _is_apart(moved, rest, height, width):
             continue
         if _HIDDEN[0] <= hidden_share(moved, behind, height, width) <= _HIDDEN[1]:
             return moved
     return None
+
+
+def _stage(thing: Thing, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Least and greatest x, then y, of a thing's centre.
+
+    Things keep to the picture's central square: of the rest CLIP, and so the language model, sees nothing.
+    """
+    side, margin = min(height, width) * SUBPIXELS, thing.extent * 54 // 100
+    left, top = (width * SUBPIXELS - side) // 2, (height * SUBPIXELS - side) // 2
+    return (left + margin, left + side - margin), (top + margin, top + side - margin)
 
 
 def _is_apart(thing: Thing, others: list[Thing], height: int, width: int) -> bool:
