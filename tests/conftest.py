@@ -20,7 +20,7 @@ def goldens() -> Path:
 
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
-    """Small copies of the datasets and what the original's loaders give on them; skipped, plainly, without."""
+    """Small copies of the datasets, what the original's loaders give on them; skipped, plainly, without."""
     path = Path(os.environ.get("READ_JAX_FIXTURES", ""))
     if not (path / "golden_dev").is_dir():
         pytest.skip(

@@ -295,7 +295,7 @@ def test_load_misses_the_tokenizer_before_it_reads_the_weights(model_folder, tmp
     shutil.copytree(model_folder, tmp_path / "model")
     (tmp_path / "model" / "upstream" / "tokenizer.model").unlink()
     monkeypatch.setattr(
-        "read_jax.inference.segmenter.load_params", lambda *_, **__: pytest.fail("weights read")
+        "read_jax.inference.segmenter.load_model", lambda *_, **__: pytest.fail("weights read")
     )
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         read_jax.load(tmp_path / "model")
