@@ -354,7 +354,21 @@ def test_a_folder_that_is_no_model(command, tmp_path, capsys):
     assert_refused(cli.main([command, str(tmp_path), *more]), capsys, out, "not a model folder")
 
 
-@pytest.mark.parametrize("command", ["", "convert", "export", "inspect", "segment"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "convert",
+        "export",
+        "inspect",
+        "segment",
+        "evaluate",
+        "data",
+        "data show",
+        "data check",
+        "data build",
+    ],
+)
 def test_help_says_no_nonsense_defaults(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])

@@ -1,0 +1,85 @@
+"""`read-jax evaluate` as a stranger would use and break it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from read_jax import cli
+from tests.evaluation.conftest import write_own_dataset
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return write_own_dataset(tmp_path_factory.mktemp("own"), 4)
+
+
+def run(model, dataset, output, *more):
+    return cli.main(
+        [
+            "evaluate",
+            str(model),
+            "--dataset",
+            str(dataset),
+            "--output",
+            str(output),
+            "--mode",
+            "forced",
+            *more,
+        ]
+    )
+
+
+def test_it_prints_the_numbers_leaves_a_report_and_compares(tiny_model, own, tmp_path, capsys, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(tiny_model, own, first) == 0
+    printed = capsys.readouterr().out
+    assert "gIoU" in printed and "4 pictures" in printed
+    assert {"summary.json", "report.md", "report.html"} <= {path.name for path in first.iterdir()}
+    summary = (first / "summary.json").read_bytes()
+
+    monkeypatch.setattr(
+        "read_jax.evaluation.runner.load", lambda *_, **__: pytest.fail("the model was loaded")
+    )
+    assert run(tiny_model, own, first) == 0  # finished already: reported again from the answers
+    assert (first / "summary.json").read_bytes() == summary
+    monkeypatch.undo()
+
+    capsys.readouterr()
+    assert run(tiny_model, own, second, "--compare", str(first), "--limit", "3") == 0
+    compared = capsys.readouterr().out
+    assert "3 pictures" in compared
+    assert json.loads((second / "summary.json").read_text())["counts"]["pictures"] == 3
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(tiny_model, own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "read_jax.evaluation.runner.load", lambda *_, **__: pytest.fail("the model was loaded")
+    )
+    out = tmp_path / "out"
+    cases = [
+        (("refcocos|val",), "Did you mean refcoco?"),
+        (("refcoco|val",), "--data"),
+        (("scenes|tset",), "scenes|test"),
+        ((own, "--max-bad", "2"), "max_bad"),
+        ((own, "--limit", "0"), "limit"),
+        ((own, "--conversation", "v7"), "llava_v1"),
+        ((own, "--compare", str(tmp_path / "none")), "none"),
+    ]
+    for (dataset, *more), words in cases:
+        assert run(tiny_model, dataset, out, *more) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("read-jax: error: ") and error.count("\n") == 1, error
+        assert words in error
+        assert not out.exists()
+
+
+def test_another_runs_answers_are_neither_mixed_nor_lost(tiny_model, own, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(tiny_model, own, out, "--limit", "1") == 0
+    before = (out / "answers-00000.jsonl").read_bytes()
+    assert run(tiny_model, own, out, "--limit", "2") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "answers-00000.jsonl").read_bytes() == before
+    assert run(tiny_model, own, out, "--limit", "2", "--overwrite") == 0
