@@ -29,7 +29,7 @@ def _add_show(actions: Any) -> None:
         "show",
         _show,
         "draw some pictures of a dataset with their questions and masks",
-        "Writes one PNG per picture and a list of its questions and answers to DIR.",
+        "Writes one PNG per picture, with its questions and answers below it, to DIR.",
     )
     parser.add_argument("name", metavar="NAME", help=_NAME)
     parser.add_argument("--data", metavar="DIR", help="folder with the datasets in their original layout")

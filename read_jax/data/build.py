@@ -190,12 +190,7 @@ def _output(data_dir: str | Path | None, output: str | Path | None) -> Path:
         output = Path(data_dir) / FOLDER
     if "://" in str(output):
         raise DataError(f"{output}: build into a folder on a disk, then copy it to the bucket.")
-    output = Path(output).expanduser()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{output} cannot be made: {error.strerror or error}.") from None
-    return output
+    return Path(output).expanduser()
 
 
 def _build_split(
@@ -222,7 +217,11 @@ def _build_split(
         if before["source"] != family:
             raise DataError(f"{final} holds {before['source']} already; build {family} into another folder.")
         vocabulary = before["vocabulary"]  # its positions stay: other splits count in it
-    work = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{tfds_name(family)}-", dir=output))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{tfds_name(family)}-", dir=output))
+    except OSError as error:
+        raise DataError(f"{output} cannot be made, or not written to: {error.strerror or error}.") from None
     try:
         job = _Job(source, family, split, root, vocabulary, progress)
         job.check_space(work)

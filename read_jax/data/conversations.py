@@ -52,6 +52,7 @@ class Conversations:
 
     def __getitem__(self, index: int) -> Item:
         """Raises `DataError` when the record is malformed, `ImageError` when its picture has no size."""
+        index = range(len(self.records))[index]  # from the end too; it becomes part of the item
         image, turns = self.records[index]
         where = f"{self.file}: record {index}"
         if not isinstance(image, str) or not image:

@@ -86,7 +86,8 @@ class Loader(Iterator[HostBatch]):
         """The next batch.
 
         Raises:
-            DataError: too many pictures cannot be used, or what a worker raised.
+            DataError: too many pictures cannot be used, what a worker raised, or that one died; asked once
+                more, the loader makes the same batch with new workers.
             StopIteration: an evaluation is complete.
         """
         if self.step >= self._steps:
@@ -96,8 +97,13 @@ class Loader(Iterator[HostBatch]):
             if not self._running:
                 self._running.append(self._start())
             parts = [next(self._running[0]) for _ in range(self._per_step)]
-        except BaseException:  # an interrupt too: no worker outlives it
+        except BaseException as error:  # an interrupt too: no worker outlives it
             self.close()
+            if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):  # Grain's words
+                raise DataError(
+                    f"a process that reads the data died before batch {self.step}. The system kills those "
+                    "that take too much memory; use fewer workers, or a smaller buffer."
+                ) from error
             raise
         notes = [part[1] for part in parts]
         per_example = [skipped for note in notes for skipped in note.skipped]

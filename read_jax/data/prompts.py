@@ -54,9 +54,14 @@ def evaluation_answer(query: Query) -> str:
     if query.exists:
         return SEGMENTATION_ANSWER
     phrase, correction = query.phrase.strip().lower(), query.correction.strip().lower()
-    if correction:
-        return f"There is no {phrase} in this image, but there is {correction}."
-    return f"There is no {phrase} in this image."
+    if query.is_sentence:
+        absent = "nothing of the kind"
+    elif phrase.startswith(("the ", "a ", "an ")):
+        absent = f"no sign of {phrase}"
+    else:
+        absent = f"no {phrase}"
+    there = f", but there is {correction}" if correction else ""
+    return f"There is {absent} in this image{there}."
 
 
 class Chooser(Protocol):

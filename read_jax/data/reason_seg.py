@@ -146,10 +146,11 @@ def paint(shapes: tuple[tuple[int, np.ndarray], ...], height: int, width: int) -
 def _read_folder(folder: Path) -> list[Record]:
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; it should hold .jpg and .json files.")
-    images = sorted(p for p in folder.glob("*.jpg") if not p.name.startswith("."))
-    if not images:
+    files = [p for p in folder.iterdir() if p.suffix in (".jpg", ".json") and not p.name.startswith(".")]
+    if not any(p.suffix == ".jpg" for p in files):
         raise DataError(f"{folder} holds no .jpg files; was ReasonSeg unpacked completely?")
-    return [_read_record(image) for image in images]
+    # a description whose picture is missing keeps its place: its item raises, where the original is silent
+    return [_read_record(image) for image in sorted({p.with_suffix(".jpg") for p in files})]
 
 
 def _read_record(image: Path) -> Record:

@@ -257,7 +257,7 @@ def _lines(found: Comparison) -> list[str]:
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:+.2f}"
+    return "–" if value is None else f"{round(100 * value, 2) + 0.0:+.2f}"  # no minus before zero
 
 
 def _line(text: str, most: int = 200) -> str:

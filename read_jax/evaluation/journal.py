@@ -8,7 +8,8 @@ header: what was run (`identity`), and where. Each further line is one picture:
 
 and each of its questions:
 
-    phrase, question, is_sentence, kind, tags, ref_id, sent_id    as the dataset has them
+    phrase, question, is_sentence, ref_id, sent_id    as the dataset has them
+    kind, tags              the first of the dataset's tags, the sort of question, or null; and the others
     exists, pred_exists     whether the thing is there, and whether the answer says so (null: it was given)
     text                    the answer
     iou_estimate            SAM's own estimate of the mask's IoU; null without a mask

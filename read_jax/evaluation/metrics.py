@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from read_jax.data.item import Compat
 from read_jax.errors import DataError
 
 IGNORE = 255
 """Value of target pixels that are not judged."""
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """IoU from which on a mask counts as found, for precision@t."""
-
-Compat = Literal["read"] | None
 
 
 class MaskCounts(NamedTuple):

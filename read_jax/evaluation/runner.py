@@ -124,13 +124,15 @@ def evaluate(
         "images_per_batch": images_per_batch,
         "jax_version": importlib.metadata.version("jax"),
     }
+    # a model that does not load must not cost the answers that are to be replaced
+    segmenter = load(model_dir, dtype=dtype) if overwrite else None
     with Journal(output, identity, environment, host=host, hosts=hosts, overwrite=overwrite) as journal:
         windows = _windows(total, images_per_batch)[host::hosts]
         if any(missing(window, journal) for window in windows):
             if host == 0:
                 for name in (SUMMARY, MARKDOWN, PAGE):  # of an earlier run; this one's come at the end
                     (output / name).unlink(missing_ok=True)
-            segmenter = load(model_dir, dtype=dtype)
+            segmenter = segmenter or load(model_dir, dtype=dtype)
             segmenter.images_per_batch = images_per_batch
             segmenter.rows_per_batch = max(segmenter.rows_per_batch, images_per_batch)
             answer(

@@ -343,6 +343,12 @@ def test_what_is_missing_says_why(sources, tmp_path):
         build("refclef", tmp_path)
 
 
+def test_nothing_is_made_where_there_is_nothing_to_build(tmp_path):
+    with pytest.raises(DataError, match="there is no such"):
+        build("refcoco|val", tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_an_unknown_name_lists_the_known(tmp_path):
     with pytest.raises(DataError, match="Did you mean refcoco"):
         build("refcocoo", tmp_path)

@@ -87,6 +87,15 @@ def test_items_come_in_the_files_order_each_with_a_key_of_its_own(tmp_path):
     assert items[0].image_path == str(tmp_path / "coco" / "train2017" / "b.jpg")
 
 
+def test_counting_from_the_end_gives_the_same_item(tmp_path):
+    record = {"image": "a.jpg", "conversations": turns("What?", "A cat.")}
+    label_trees.llava_instruct(tmp_path, [record, record])
+    source = load_source("llava_instruct|train", tmp_path)
+    assert source[-1].key == "train/1" and source[-1].ref_ids == [1]
+    with pytest.raises(IndexError):
+        source[2]
+
+
 def test_a_turned_picture_has_the_size_it_is_shown_in(tmp_path):
     conversation(tmp_path, turns("What?", "A cat."))
     label_trees.save_picture(tmp_path / "coco/train2017/a.jpg", 6, 8, orientation=8)

@@ -79,6 +79,15 @@ def test_a_false_premise_is_denied_or_corrected_without_seg():
     ]
 
 
+def test_a_denial_is_a_sentence_whatever_it_denies():
+    texts = Query("the cup", exists=False), Query("What rolls away?", is_sentence=True, exists=False)
+    made, _ = item(*texts)
+    assert made.answers == [
+        "There is no sign of the cup in this image.",
+        "There is nothing of the kind in this image.",
+    ]
+
+
 def test_questions_and_answers_given_verbatim_stay_so():
     made, _ = item(Query("x", question="Where?", answer="There: [SEG]."))
     assert (made.questions, made.answers) == (["Where?"], ["There: [SEG]."])

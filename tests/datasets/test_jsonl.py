@@ -69,7 +69,7 @@ def test_an_answer_is_given_as_it_is_and_made_up_otherwise(tmp_path):
     assert item.answers == [
         "Here: [SEG]",
         "No kettle.",
-        "There is no the kettle in this image, but there is a pan.",
+        "There is no sign of the kettle in this image, but there is a pan.",
     ]
 
 

@@ -214,6 +214,18 @@ def test_an_error_in_a_worker_arrives_with_its_message():
     assert not multiprocessing.active_children()
 
 
+def test_a_worker_that_dies_is_told_and_the_loader_can_go_on(uninterrupted):
+    with loader(workers=1) as batches:
+        assert_same(next(batches), uninterrupted[0])
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match="died before batch"):
+            take(batches, 20)  # those on their way arrive first
+        step = batches.step
+        assert step < len(uninterrupted)
+        assert_same(next(batches), uninterrupted[step])
+
+
 def test_too_little_shared_memory_is_told_before_workers_start(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(DataError, match=r"/dev/shm has 0 MB free, but 2 workers need about"):

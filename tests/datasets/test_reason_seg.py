@@ -224,6 +224,15 @@ def test_picture_without_description_is_named(tmp_path):
         load_source("ReasonSeg|val", tmp_path)
 
 
+def test_description_without_picture_is_an_image_error_of_its_item_alone(tmp_path):
+    write_reason(tmp_path, "val", "a").with_suffix(".jpg").unlink()
+    write_reason(tmp_path, "val", "b")
+    source = load_source("ReasonSeg|val", tmp_path)
+    with pytest.raises(ImageError, match=r"a\.jpg: there is no such file"):
+        source[0]
+    assert source[1].key == "val/b"
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2", b"not json", b"\x81\x8d", b"[" * 100_000])
 def test_description_that_is_not_json_is_named(tmp_path, content):
     write_reason(tmp_path, "val", "a").write_bytes(content)

@@ -49,6 +49,7 @@ class FakeSource:
                 is_sentence=i == 1,
                 ref_id=index,
                 sent_id=i,
+                tags=("referring", "near") if i == 0 else (),
             )
             for i in range(count)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -83,3 +84,16 @@ def test_another_runs_answers_are_neither_mixed_nor_lost(tiny_model, own, tmp_pa
     assert "--overwrite" in capsys.readouterr().err
     assert (out / "answers-00000.jsonl").read_bytes() == before
     assert run(tiny_model, own, out, "--limit", "2", "--overwrite") == 0
+
+
+def test_a_model_that_does_not_load_costs_no_earlier_answers(tiny_model, own, tmp_path, capsys):
+    out, broken = tmp_path / "out", tmp_path / "broken"
+    assert run(tiny_model, own, out, "--limit", "1") == 0
+    before = (out / "answers-00000.jsonl").read_bytes()
+    shutil.copytree(tiny_model, broken)
+    for weights in (broken / "params").rglob("*"):
+        if weights.is_file():
+            weights.write_bytes(weights.read_bytes()[:10])
+    assert run(broken, own, out, "--limit", "1", "--overwrite") == 1
+    assert capsys.readouterr().err.startswith("read-jax: error: ")
+    assert (out / "answers-00000.jsonl").read_bytes() == before

@@ -181,6 +181,17 @@ def test_one_picture_has_differences_and_no_intervals(folders):
     assert found.metrics["giou"].difference is not None and found.metrics["giou"].low is None
 
 
+def test_a_difference_too_small_to_show_has_no_sign_of_its_own(folders):
+    target = np.zeros((300, 300), np.uint8)
+    target[:-1] = 1  # 89,700 pixels; an IoU differs by 1 / 89,700
+    less = target.copy()
+    less[0, 0] = 0
+    runs = [[record(0, question(target, answer))] for answer in (less, target)]
+    found = compare(*folders((header(), runs[0]), (header(), runs[1])))
+    assert -5e-5 < found.metrics["giou"].difference < 0
+    assert "+0.00" in str(found) and "-0.00" not in str(found)
+
+
 def test_the_table_has_no_control_characters(folders):
     target = box(0, 0, 20, 20)
     a = record(0, question(target, target, phrase="\x1b[2J red\nball"), image="\x07.jpg")

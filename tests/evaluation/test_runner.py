@@ -48,6 +48,7 @@ def test_records_hold_what_was_asked_answered_and_counted(run):
     assert (first["phrase"], first["ref_id"], first["sent_id"]) == ("Thing 5.0", 5, 0)
     assert first["question"] == "What is thing 5.0 in this image? Please output segmentation mask."
     assert second["is_sentence"] and not first["is_sentence"]
+    assert (first["kind"], first["tags"], second["kind"]) == ("referring", ["near"], None)
     assert (first["exists"], absent["exists"]) == (True, False)
     assert first["text"] == "It is [SEG]."
     assert first["iou_estimate"] == 0.5
