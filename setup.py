@@ -24,6 +24,9 @@ CORE = [
     "huggingface_hub",  # checkpoints named by id
     "tqdm",
     "grain>=0.2.15",  # the input pipeline: worker processes, deterministic order
+    "optax",  # AdamW and its state
+    "ml_collections",  # the recipes' ConfigDict, which knows its keys and types
+    "tensorboardX",  # TensorBoard's event files without TensorFlow
 ]
 # one exact release: a range would let pip take gigabytes of CUDA libraries where a CPU build is at hand.
 # Any torch >= 2.6 that is already installed serves as well, without this extra.
@@ -61,7 +64,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["read_jax", "read_jax.*"]),
+    packages=[*find_packages(include=["read_jax", "read_jax.*"]), "read_jax.configs"],
+    package_dir={"read_jax.configs": "configs"},  # so that recipes are found by name from anywhere
     package_data={"read_jax": ["py.typed", "data/class_lists/*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -13,6 +13,7 @@ import read_jax
 from read_jax.commands.data import add_data
 from read_jax.commands.evaluate import add_evaluate
 from read_jax.commands.segment import add_segment
+from read_jax.commands.train import add_merge, add_train
 from read_jax.commands.weights import add_convert, add_export, add_inspect
 from read_jax.errors import ReadJaxError
 
@@ -57,7 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"read-jax {read_jax.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_convert, add_export, add_inspect, add_segment, add_data, add_evaluate):
+    for add in (
+        add_convert,
+        add_export,
+        add_inspect,
+        add_segment,
+        add_data,
+        add_evaluate,
+        add_train,
+        add_merge,
+    ):
         add(commands)
     return parser
 

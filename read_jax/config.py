@@ -54,6 +54,10 @@ def _wording(hint: Any) -> str:
     """An annotation in words, for an error."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_wording(option) for option in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "None"
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
@@ -63,6 +67,10 @@ def _section(hint: Any) -> type[Config] | None:
     return next(
         (option for option in options if isinstance(option, type) and issubclass(option, Config)), None
     )
+
+
+def _left_out(value: Any, hint: Any) -> bool:
+    return value is None and _matches(None, hint)
 
 
 class Config:
@@ -83,7 +91,7 @@ class Config:
                 raise ConfigError(f"{where} has no key {key!r}; the nearest known key is {near[0]!r}.")
             hint = hints[key]
             nested = _section(hint)
-            if nested and not (value is None and _matches(None, hint)):
+            if nested and not _left_out(value, hint):
                 values[key] = (
                     value if isinstance(value, nested) else nested.from_dict(value, f"{where}.{key}")
                 )

@@ -93,7 +93,7 @@ class PictureMasks(NamedTuple):
 def forward(
     model: Read,
     batch: Batch,
-    prefix_ids: Array,
+    prefix_ids: Any,
     image_start: int,
     *,
     features: ImageFeatures | None = None,
@@ -104,7 +104,10 @@ def forward(
     if features is None:
         geometry = batch.geometry
         features = model.encode_images(
-            batch.clip_pixels, batch.sam_pixels, geometry.sam_height, geometry.sam_width
+            jnp.asarray(batch.clip_pixels),
+            jnp.asarray(batch.sam_pixels),
+            geometry.sam_height,
+            geometry.sam_width,
         )
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     prefix = model.encode_prefix(
@@ -122,7 +125,7 @@ def objective(
     model: Read,
     batch: Batch,
     counts: Counts,
-    prefix_ids: Array,
+    prefix_ids: Any,
     image_start: int,
     weights: LossWeights,
     *,

@@ -82,7 +82,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     def init(params: Any) -> ClipState:
         return ClipState(jnp.zeros((), jnp.float32))
 
-    def update(updates: Any, state: ClipState, params: Any = None) -> tuple[Any, ClipState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ClipState]:
         norm = optax.tree.norm(updates)
         factor = jnp.minimum(1.0, limit / (norm + 1e-6))
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), ClipState(norm)

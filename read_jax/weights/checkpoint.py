@@ -118,7 +118,8 @@ def model_leaves(config: ReadConfig) -> dict[str, engine.Leaf]:
 def abstract_params(config: ReadConfig, dtype: Any, shardings: Any = None) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`s: nested dictionaries keyed by path components.
 
-    shardings: None, one `jax.sharding.Sharding` for everything, or a tree of them of the same structure.
+    dtype: of every leaf, or a mapping from dotted paths to types. shardings: None, one
+    `jax.sharding.Sharding` for everything, or a tree of them of the same structure.
     """
     import jax
 
@@ -132,7 +133,8 @@ def abstract_params(config: ReadConfig, dtype: Any, shardings: Any = None) -> di
         *parents, name = path.split(".")
         for key in parents:
             node = node.setdefault(key, {})
-        node[name] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+        kind = dtype[path] if isinstance(dtype, Mapping) else dtype
+        node[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
     return tree
 
 
@@ -152,7 +154,8 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
 
     Args:
         model_dir: a folder written by `convert`.
-        dtype: type to cast to while reading; None keeps the stored one.
+        dtype: type to cast to while reading, or a mapping from dotted paths to types; None keeps the stored
+            one.
         shardings: None (the default device), one sharding for all, or a nested dictionary of them.
 
     Returns:

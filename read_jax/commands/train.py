@@ -1,0 +1,88 @@
+"""`read-jax train`: a training run; `read-jax merge`: a run's checkpoint as a model folder."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from read_jax.commands.shared import command
+
+_PREFIX = "--config."
+
+
+def add_train(commands: Any) -> None:
+    """Add `read-jax train`."""
+    parser = command(
+        commands,
+        "train",
+        _train,
+        "train a model",
+        "Started again with the same folder, a run goes on from its last checkpoint. Told to stop (SIGTERM "
+        "or Ctrl-C) it saves and exits with status 75: start it again.",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help="name of a recipe, such as read_7b_reasonseg, or a .py file with get_config(); ':runlocal' "
+        "after it tries it out on a laptop",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    parser.epilog = (
+        f"{_PREFIX}KEY=VALUE changes a setting of the recipe, as {_PREFIX}optimizer.learning_rate=1e-4."
+    )
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:  # the names of settings are many
+        changes = [a.removeprefix(_PREFIX) for a in args if a.startswith(_PREFIX)]
+        parsed, rest = parse([a for a in args if not a.startswith(_PREFIX)], namespace)
+        parsed.changes = changes
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args
+
+
+def add_merge(commands: Any) -> None:
+    """Add `read-jax merge`."""
+    parser = command(
+        commands,
+        "merge",
+        _merge,
+        "make a model folder of a training run's checkpoint",
+        "Merges the low-rank adapters. The folder works like one made by read-jax convert.",
+    )
+    parser.add_argument("workdir", metavar="WORKDIR", help="folder of the run")
+    parser.add_argument("--output", required=True, metavar="MODEL_DIR", help="model folder to write")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="checkpoint after N updates (default: the newest)"
+    )
+    parser.add_argument("--average", action="store_true", help="take the moving average of the parameters")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="type to store (default: as the start is)"
+    )
+    parser.add_argument("--base", metavar="DIR", help="where the model folder is that training started from")
+    parser.add_argument("--overwrite", action="store_true", help="replace MODEL_DIR if it exists")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from read_jax.training.config import load_config
+    from read_jax.training.loop import AGAIN, train
+
+    config = load_config(arguments.config, arguments.changes)
+    outcome = train(config, arguments.workdir)
+    return AGAIN if outcome.stopped else 0
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from read_jax.training.finish import finish
+
+    record = finish(
+        arguments.workdir,
+        arguments.output,
+        step=arguments.step,
+        average=arguments.average,
+        dtype=arguments.dtype,
+        base=arguments.base,
+        overwrite=arguments.overwrite,
+    )
+    print(f"{arguments.output}: {record.parameters:,} parameters, {record.dtype}, {record.fingerprint}")

@@ -1,0 +1,112 @@
+"""From a run's checkpoint to a model folder: trained parameters in their places, adapters merged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from read_jax.errors import CheckpointError
+from read_jax.training.checkpoint import FOLDER, read_leaves, read_meta
+from read_jax.training.config import TrainConfig
+from read_jax.weights import store
+from read_jax.weights.checkpoint import PARAMS, UPSTREAM, ModelRecord, load_record
+from read_jax.weights.engine import Row
+from read_jax.weights.model import save_model
+
+
+def finish(
+    workdir: str | Path,
+    output: str | Path,
+    *,
+    step: int | None = None,
+    average: bool = False,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+) -> ModelRecord:
+    """Write a checkpoint as a model folder, which `read_jax.load` and `read-jax export` take.
+
+    Args:
+        workdir: of the run.
+        output: the model folder to make.
+        step: updates after which; None: the newest checkpoint.
+        average: the moving average of the parameters instead of the last ones.
+        dtype: "float32" or "bfloat16"; None: as the base is stored.
+        base: where the model folder is now that training started from, if it was moved.
+        overwrite: replace an existing model folder.
+
+    Raises `CheckpointError` when there is no such checkpoint, it is damaged, or the base is another.
+    """
+    folder = Path(workdir).expanduser().absolute() / FOLDER
+    steps = sorted(int(f.name) for f in folder.glob("*") if f.name.isdigit())
+    if not steps or (step is not None and step not in steps):
+        what = f"after {step} updates" if steps else "at all"
+        raise CheckpointError(
+            f"{folder} holds no checkpoint {what}; there: {', '.join(map(str, steps)) or 'none'}."
+        )
+    chosen = folder / str(steps[-1] if step is None else step)
+    meta = read_meta(chosen)
+    identity = meta["identity"]
+    model_dir = Path(base).expanduser() if base else Path(identity["base"]["path"])
+    record = load_record(model_dir)
+    if record.fingerprint != identity["base"]["fingerprint"]:
+        raise CheckpointError(
+            f"{model_dir} is not the model that {workdir} was trained from: its fingerprint is "
+            f"{record.fingerprint}, not {identity['base']['fingerprint']}."
+        )
+    config = TrainConfig.from_dict(identity["config"])
+    trained = _trained(chosen, meta, "ema" if average else "params")
+    if not trained:
+        raise CheckpointError(f"{chosen} holds no moving average: the run kept none (step.ema_decay 0).")
+    scale = config.lora.scale if config.lora else 0.0
+
+    def read(row: Row) -> np.ndarray:
+        def of(values: np.ndarray) -> np.ndarray:
+            return values if row.index is None else values[row.index]
+
+        value = (
+            of(trained[row.path])
+            if row.path in trained
+            else store.read_slice(model_dir / PARAMS, row.path, row.index)
+        )
+        module = row.path.removesuffix(".kernel")
+        if row.path.endswith(".kernel") and f"{module}.lora_a" in trained:
+            a, b = (of(trained[f"{module}.{half}"]) for half in ("lora_a", "lora_b"))
+            value = np.asarray(value, np.float32) + np.float32(scale) * (a @ b)
+        return value
+
+    sasp = config.start.sasp_config()
+    return save_model(
+        output,
+        record.config.replace(sasp=sasp) if sasp else record.config,
+        dtype or record.dtype,
+        {**record.source, "trained_updates": meta["step"], "base_fingerprint": record.fingerprint},
+        read,
+        lambda upstream: shutil.copytree(model_dir / UPSTREAM, upstream) and None,
+        inputs=[model_dir],
+        overwrite=overwrite,
+    )
+
+
+def _trained(checkpoint: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
+    """The trained leaves by their dotted path in the model."""
+    import orbax.checkpoint as ocp
+
+    names = [name for name in meta["checksums"] if name.startswith(f"{part}.")]
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(checkpoint / "state").item_metadata.tree
+    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=here) for name in names
+    }
+    try:
+        leaves = read_leaves(checkpoint, abstract, meta["checksums"])
+    except (ValueError, OSError, KeyError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {line}") from error
+    return {name.removeprefix(f"{part}."): np.asarray(leaf) for name, leaf in leaves.items()}

@@ -1,0 +1,159 @@
+"""What a training run writes down, and its progress bar.
+
+All of it lies in the run's folder:
+
+    metrics.jsonl     one line per logged step, and per validation
+    examples.jsonl    one line per step: the pictures it was made of
+    log.txt           what happened, in words
+    pictures/         answers of the validation
+    tensorboard/      the same numbers and pictures
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from read_jax.errors import ConfigError
+from read_jax.files import write_file
+from read_jax.training.config import LogConfig
+from read_jax.training.validation import Picture, save_pictures
+
+METRICS, EXAMPLES, LOG, PICTURES = "metrics.jsonl", "examples.jsonl", "log.txt", "pictures"
+
+
+class RunLog:
+    """Writes what happens; lines are on the disk when a call returns.
+
+    Args:
+        workdir: where to.
+        config: what else to write.
+        step: updates done; what an earlier run wrote beyond them is dropped, it will happen again.
+        total: updates to do, for the progress bar.
+        settings: of the run, told to Weights & Biases.
+    """
+
+    def __init__(
+        self, workdir: Path, config: LogConfig, step: int, total: int, settings: Mapping[str, Any]
+    ) -> None:
+        from tqdm import tqdm
+
+        self._workdir = workdir
+        for name in (METRICS, EXAMPLES):
+            rewind(workdir / name, step)
+        self._metrics = open(workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._examples = open(workdir / EXAMPLES, "a", encoding="utf-8")  # noqa: SIM115
+        self._words = open(workdir / LOG, "a", encoding="utf-8")  # noqa: SIM115
+        self._events: Any = None
+        self._wandb: Any = None
+        if config.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        if config.wandb:
+            self._wandb = _start_wandb(workdir, config.wandb, settings)
+        self._bar = tqdm(
+            desc="training", unit="update", initial=step, total=total, file=sys.stderr, disable=None
+        )
+
+    def say(self, text: str) -> None:
+        """A line for people, on the screen and in log.txt."""
+        stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        _line(self._words, f"{stamp} {text}")
+        self._bar.write(text, file=sys.stderr)
+
+    def used(self, step: int, keys: Sequence[str]) -> None:
+        """The pictures that update `step` is made of."""
+        _line(self._examples, json.dumps({"step": step, "examples": list(keys)}))
+
+    def advance(self, step: int) -> None:
+        """The progress bar."""
+        self._bar.update(step - self._bar.n)
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The numbers of update `step`."""
+        _line(self._metrics, json.dumps({"step": step, **_plain(metrics)}))
+        self._bar.set_postfix_str(f"loss {metrics['total']:.4f}", refresh=False)
+        self._scalars("train", step, metrics)
+
+    def validation(self, step: int, scores: Mapping[str, float], pictures: list[Picture]) -> None:
+        """The scores after `step` updates."""
+        _line(self._metrics, json.dumps({"step": step, "validation": _plain(scores)}))
+        save_pictures(self._workdir / PICTURES / f"{step:07d}", pictures)
+        self._scalars("validation", step, scores)
+        for picture in pictures if self._events else ():
+            self._events.add_image(picture.name, picture.pixels, step, dataformats="HWC")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "masks")
+        self.say(f"after {step} updates: {shown}")
+
+    def close(self) -> None:
+        """Write out everything."""
+        self._bar.close()
+        if self._events:
+            self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+        for file in (self._metrics, self._examples, self._words):
+            file.close()
+
+    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        if self._events:
+            for name, value in values.items():
+                self._events.add_scalar(f"{group}/{name}", value, step)
+            self._events.flush()
+        if self._wandb:
+            self._wandb.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file that are of later steps, or torn by a crash."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                kept.append(line)
+    write_file(path, b"".join(kept))
+
+
+def _line(file: Any, text: str) -> None:
+    file.write(f"{text}\n")
+    file.flush()
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Ready for JSON: None for what is not a finite number."""
+    return {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
+
+
+def _start_wandb(workdir: Path, project: str, settings: Mapping[str, Any]) -> Any:
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise ConfigError("log.wandb is set, but wandb is not installed: pip install wandb") from None
+    record = workdir / "wandb_id.txt"
+    if not record.is_file():
+        write_file(record, wandb.util.generate_id().encode())
+    return wandb.init(
+        project=project, id=record.read_text(), resume="allow", dir=str(workdir), config=dict(settings)
+    )
+
+
+def memory_in_use(devices: Sequence[Any]) -> dict[str, float]:
+    """GB in use and at most, of the fullest device; nothing where it is not known."""
+    stats = [s for s in (device.memory_stats() for device in devices) if s]
+    names = {"bytes_in_use": "memory_gb", "peak_bytes_in_use": "peak_memory_gb"}
+    return {
+        ours: float(np.max([s[theirs] for s in stats])) / 1e9
+        for theirs, ours in names.items()
+        if stats and all(theirs in s for s in stats)
+    }

@@ -1,0 +1,51 @@
+"""What is left of a log when a run goes on from an earlier step, and what is written."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from read_jax.errors import ConfigError
+from read_jax.training.config import LogConfig
+from read_jax.training.logs import METRICS, PICTURES, RunLog, rewind
+from read_jax.training.validation import Picture
+from tests.training.tiny_run import lines
+
+
+def test_lines_of_later_steps_and_torn_ones_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)) + '{"step": 2')
+    rewind(path, 3)
+    assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert path.read_text().endswith("}\n")
+
+
+def test_a_line_without_its_end_is_torn_even_if_it_can_be_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    rewind(path, 3)
+    assert lines(path) == [{"step": 1}]
+
+
+def test_numbers_and_pictures_go_to_all_places(tmp_path):
+    log = RunLog(tmp_path, LogConfig(), 0, 2, {})
+    log.train(1, {"total": 2.5, "gradient_norm": float("inf")})
+    picture = Picture("scenes_val_0", np.zeros((4, 6, 3), np.uint8))
+    log.validation(1, {"giou": 0.5, "masks": 3}, [picture])
+    log.close()
+    assert lines(tmp_path / METRICS) == [
+        {"step": 1, "total": 2.5, "gradient_norm": None},
+        {"step": 1, "validation": {"giou": 0.5, "masks": 3.0}},
+    ]
+    assert (tmp_path / PICTURES / "0000001" / "scenes_val_0.png").is_file()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"train/total" in content and b"validation/giou" in content and b"scenes_val_0" in content
+
+
+def test_weights_and_biases_must_be_installed_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        RunLog(tmp_path, LogConfig(wandb="read"), 0, 2, {})

@@ -1,0 +1,311 @@
+"""The loop: its order, what it writes, and how it ends when something goes wrong. The step takes no time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from read_jax.config import ReadConfig
+from read_jax.data.loader import HostBatch
+from read_jax.errors import CheckpointError, DataError
+from read_jax.training import loop
+from read_jax.training.checkpoint import FOLDER, read_meta
+from read_jax.training.config import CheckpointConfig, LogConfig, TrainConfig, ValidationConfig
+from read_jax.training.logs import EXAMPLES, LOG, METRICS
+from read_jax.training.loop import TrainingError, train
+from read_jax.training.optimizer import OptimizerConfig
+from read_jax.training.run import Run
+from read_jax.training.step import TrainState
+from tests.training.tiny_run import SCRATCH, lines
+
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+class Arrays(NamedTuple):
+    lengths: np.ndarray
+    number: np.ndarray
+
+
+class Batches:
+    """Stands in for the loader: batch k holds the number k; `vanish` is where the data are gone."""
+
+    def __init__(self, vanish=None):
+        self.step, self.vanish, self.closed = 0, vanish, False
+
+    def __next__(self):
+        if self.step == self.vanish:
+            raise DataError("pictures/7.jpg: there is no such file.")
+        arrays = Arrays(np.array([[3, 2]]), np.float32(self.step))
+        self.step += 1
+        return HostBatch(self.step - 1, arrays, (f"toy:{self.step - 1}",), (), ())
+
+    def state(self):
+        return {"step": self.step}
+
+    def restore(self, state):
+        self.step = state["step"]
+
+    def close(self):
+        self.closed = True
+
+
+class Scores:
+    """Stands in for the validator; its scores go up and down."""
+
+    def __init__(self, scores):
+        self.scores, self.asked = list(scores), []
+
+    def __call__(self, params, frozen):
+        self.asked.append(float(params["w"][0]))
+        return {"giou": self.scores[len(self.asked) - 1], "ciou": 0.5, "masks": 3}, []
+
+
+def config(updates=6, every=2, keep=2, best=None, validate=0, **others):
+    return TrainConfig(
+        optimizer=OptimizerConfig(total_updates=updates, warmup_updates=0),
+        checkpoints=CheckpointConfig(every, keep, best),
+        validation=ValidationConfig("toy|val", validate) if validate else ValidationConfig(),
+        log=LogConfig(every=1, tensorboard=False),
+        **others,
+    )
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """`toy(...)` makes the next `train` a run whose step adds the batch's number to a weight."""
+
+    def make(bad=(), vanish=None, scores=(), at=None, base="sha256:aa"):
+        loader = Batches(vanish)
+
+        def step(state, frozen, arrays):
+            number = int(arrays.number)
+            if at:
+                at(number)
+            applied = number not in bad
+            params = {"w": state.params["w"] + number * applied}
+            after = TrainState(state.step + 1, params, (), None, state.skipped + (not applied))
+            metrics = {
+                "total": 1.0 if applied else float("nan"),
+                "gradient_norm": 2.0,
+                "applied": float(applied),
+                "skipped": after.skipped,
+                "masks": 2,
+            }
+            return after, jax.tree.map(jnp.asarray, metrics)
+
+        def prepare(config, workdir):
+            state = TrainState(jnp.int32(0), {"w": jnp.zeros(4)}, (), None, jnp.int32(0))
+            run = Run(
+                model_config=ReadConfig.from_dict(SCRATCH),
+                frozen={},
+                step=step,
+                loader=loader,
+                sharding=SHARDING,
+                validator=Scores(scores) if scores else None,
+                prefix_ids=np.zeros(5, np.int32),
+                identity={"config": config.trajectory(), "base": {"path": "toy", "fingerprint": base}},
+                description="a toy",
+            )
+            workdir.mkdir(parents=True, exist_ok=True)
+            return run, jax.device_put(state, SHARDING)
+
+        monkeypatch.setattr(loop, "prepare", prepare)
+        return loader
+
+    return make
+
+
+def saved(workdir):
+    return sorted(int(f.name) for f in (workdir / FOLDER).iterdir() if f.name.isdigit())
+
+
+def test_a_run_writes_every_update_and_keeps_the_last_checkpoints(toy, tmp_path):
+    loader = toy()
+    outcome = train(config(), tmp_path)
+    assert (outcome.updates, outcome.stopped) == (6, False)
+    assert saved(tmp_path) == [4, 6]
+    assert [line["step"] for line in lines(tmp_path / METRICS)] == [1, 2, 3, 4, 5, 6]
+    assert [line["examples"] for line in lines(tmp_path / EXAMPLES)] == [[f"toy:{k}"] for k in range(6)]
+    assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["total_updates"] == 6
+    assert loader.closed
+
+
+def test_the_best_checkpoint_is_kept_beside_the_latest(toy, tmp_path):
+    toy(scores=[0.3, 0.9, 0.5, 0.4])
+    outcome = train(config(updates=8, keep=1, best="giou", validate=2), tmp_path)
+    assert saved(tmp_path) == [4, 8]
+    assert outcome.scores["giou"] == 0.4
+    assert [line["validation"]["giou"] for line in lines(tmp_path / METRICS) if "validation" in line] == [
+        *(0.3, 0.9, 0.5, 0.4)
+    ]
+
+
+def test_validation_comes_after_the_update_that_it_is_named_for(toy, tmp_path):
+    toy(scores=[0.1, 0.2])
+    train(config(updates=4, validate=2), tmp_path)
+    steps = [(line["step"], "validation" in line) for line in lines(tmp_path / METRICS)]
+    assert steps == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+
+
+def test_started_again_it_goes_on_where_it_was(toy, tmp_path):
+    def stop(number):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    toy(at=stop)
+    outcome = train(config(), tmp_path)
+    assert (outcome.updates, outcome.stopped) == (3, True)
+    assert saved(tmp_path) == [2, 3]
+    toy()
+    assert train(config(), tmp_path).updates == 6
+    assert [line["examples"] for line in lines(tmp_path / EXAMPLES)] == [[f"toy:{k}"] for k in range(6)]
+    assert "going on after 3 updates" in (tmp_path / LOG).read_text()
+
+
+def test_bad_updates_are_skipped_and_counted_until_there_are_too_many(toy, tmp_path):
+    toy(bad={1, 3, 4})
+    with pytest.raises(TrainingError, match=r"3 of the latest 5 updates.*good update was 3.*toy:4"):
+        train(config(max_skipped=3), tmp_path)
+    metrics = lines(tmp_path / METRICS)
+    assert [line["applied"] for line in metrics] == [1, 0, 1, 0]
+    assert metrics[1]["total"] is None
+    words = (tmp_path / LOG).read_text()
+    assert "update 2 was skipped (loss nan, gradient norm 2); its pictures: toy:1" in words
+    assert "stopped: 3 of the latest 5" in words
+    assert saved(tmp_path)[0] == 2
+
+
+def test_a_few_bad_updates_do_not_stop_it(toy, tmp_path):
+    toy(bad={1, 3})
+    assert train(config(max_skipped=3), tmp_path).updates == 6
+
+
+def test_when_data_vanish_what_was_done_is_saved(toy, tmp_path):
+    toy(vanish=3)
+    with pytest.raises(DataError, match=r"pictures/7\.jpg"):
+        train(config(), tmp_path)
+    assert saved(tmp_path) == [2, 3]
+    assert "stopped: pictures/7.jpg" in (tmp_path / LOG).read_text()
+    toy()
+    assert train(config(), tmp_path).updates == 6
+
+
+def full_disk(monkeypatch, steps):
+    """Writing the checkpoints of these steps fails as on a full disk."""
+    import orbax.checkpoint as ocp
+
+    write = ocp.CheckpointManager.save
+
+    def save(self, step, *args, **options):
+        if step in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, step, *args, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_more(toy, tmp_path, monkeypatch):
+    toy()
+    full_disk(monkeypatch, {4})
+    assert train(config(updates=8), tmp_path).updates == 8
+    assert saved(tmp_path) == [6, 8]
+    words = (tmp_path / LOG).read_text()
+    assert "checkpoint after 4 updates could not be written" in words and "the disk is full" in words
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error_and_what_was_saved_stays(toy, tmp_path, monkeypatch):
+    toy()
+    full_disk(monkeypatch, {6})
+    with pytest.raises(CheckpointError, match=r"after 6 updates could not be saved.*is 4"):
+        train(config(), tmp_path)
+    assert saved(tmp_path) == [2, 4]
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("others", "words"), [({"base": "sha256:bb"}, "another base"), ({}, "dtype was")])
+def test_a_checkpoint_of_something_else_is_refused(others, words, toy, tmp_path):
+    toy()
+    train(config(), tmp_path)
+    toy(**others)
+    with pytest.raises(CheckpointError, match=words):
+        train(config(dtype="float32"), tmp_path)
+
+
+def test_a_setting_that_did_not_exist_then_counts_as_its_default(toy, tmp_path, monkeypatch):
+    trajectory = TrainConfig.trajectory
+
+    def older(self):
+        data = trajectory(self)
+        del data["data"]["template"]
+        return data
+
+    toy()
+    monkeypatch.setattr(TrainConfig, "trajectory", older)
+    train(config(), tmp_path)
+    monkeypatch.setattr(TrainConfig, "trajectory", trajectory)
+    assert train(config(), tmp_path).updates == 6
+
+
+def test_settings_that_change_no_parameter_may_change(toy, tmp_path):
+    toy()
+    train(config(updates=6), tmp_path)
+    toy()
+    again = config(every=1, keep=5)
+    assert train(again, tmp_path).updates == 6
+
+
+def test_without_a_checkpoint_that_can_be_read_it_does_not_start_over(toy, tmp_path):
+    toy()
+    train(config(), tmp_path)
+    for step in saved(tmp_path):
+        for file in (tmp_path / FOLDER / str(step) / "meta").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"{")
+    toy()
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints.*6, 4"):
+        train(config(), tmp_path)
+
+
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "gone": lambda file: file.unlink(),
+    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "one bit": lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("part", ["state", "meta"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(part, damage, toy, tmp_path):
+    toy()
+    train(config(), tmp_path)
+    before = read_meta(tmp_path / FOLDER / "6")
+    for file in list((tmp_path / FOLDER / "6" / part).rglob("*")):
+        if file.is_file() and (part == "meta" or file.parent.name == "d"):  # where the values are
+            DAMAGE[damage](file)
+    toy()
+    assert train(config(), tmp_path).updates == 6
+    words = (tmp_path / LOG).read_text()
+    assert "the checkpoint after 6 updates is damaged" in words
+    assert "going on from the one before it, after 4 updates" in words
+    assert read_meta(tmp_path / FOLDER / "6") == before
+    assert (tmp_path / "damaged" / "6").is_dir()
+    assert [line["step"] for line in lines(tmp_path / METRICS)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_is_over_is_left_as_it_is(toy, tmp_path):
+    toy()
+    train(config(), tmp_path)
+    before = (tmp_path / METRICS).read_text()
+    toy()
+    assert train(config(), tmp_path).updates == 6
+    assert (tmp_path / METRICS).read_text() == before
+    assert saved(tmp_path) == [4, 6]
