@@ -268,7 +268,8 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by dotted path."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        # a parameter's own "value" says nothing
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 

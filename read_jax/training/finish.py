@@ -14,7 +14,7 @@ from read_jax.errors import CheckpointError
 from read_jax.training.checkpoint import FOLDER, read_leaves, read_meta
 from read_jax.training.config import TrainConfig
 from read_jax.weights import store
-from read_jax.weights.checkpoint import PARAMS, UPSTREAM, ModelRecord, load_record
+from read_jax.weights.checkpoint import PARAMS, UPSTREAM, ModelRecord, load_record, model_leaves
 from read_jax.weights.engine import Row
 from read_jax.weights.model import save_model
 
@@ -64,6 +64,10 @@ def finish(
     if not trained:
         raise CheckpointError(f"{chosen} holds no moving average: the run kept none (step.ema_decay 0).")
     scale = config.lora.scale if config.lora else 0.0
+    known = model_leaves(record.config)
+    strange = [path for path in trained if path not in known and not path.endswith((".lora_a", ".lora_b"))]
+    if strange:
+        raise CheckpointError(f"{chosen} holds parameters the model does not know: {', '.join(strange[:5])}.")
 
     def read(row: Row) -> np.ndarray:
         def of(values: np.ndarray) -> np.ndarray:
@@ -98,15 +102,16 @@ def _trained(checkpoint: Path, meta: Mapping[str, Any], part: str) -> dict[str, 
     import orbax.checkpoint as ocp
 
     names = [name for name in meta["checksums"] if name.startswith(f"{part}.")]
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(checkpoint / "state").item_metadata.tree
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=here) for name in names
-    }
     try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(checkpoint / "state").item_metadata.tree
+        abstract = {
+            name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=here)
+            for name in names
+        }
         leaves = read_leaves(checkpoint, abstract, meta["checksums"])
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, AttributeError) as error:  # Orbax gives None for what is not there
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {line}") from error
     return {name.removeprefix(f"{part}."): np.asarray(leaf) for name, leaf in leaves.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -282,6 +283,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("part", ["state", "meta"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(part, damage, toy, tmp_path):
@@ -298,6 +300,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(part, damage, toy, tmp
     assert "going on from the one before it, after 4 updates" in words
     assert read_meta(tmp_path / FOLDER / "6") == before
     assert (tmp_path / "damaged" / "6").is_dir()
+    gc.collect()  # what Orbax leaves of a failed read complains here, where it is expected
     assert [line["step"] for line in lines(tmp_path / METRICS)] == [1, 2, 3, 4, 5, 6]
 
 

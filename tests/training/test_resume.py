@@ -14,6 +14,8 @@ from read_jax.training.logs import EXAMPLES, METRICS
 from read_jax.training.loop import AGAIN
 from tests.training.tiny_run import lines, results, start, write_recipe
 
+pytestmark = pytest.mark.slow  # minutes of compilation
+
 UPDATES = 6
 PATIENCE = 400
 

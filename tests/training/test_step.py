@@ -133,7 +133,7 @@ def stepper(tiny, four):
         assert jitted._cache_size() == 1  # whatever the pictures' sizes
         return result
 
-    return of, init_state(params, optimizer, config), frozen
+    return of, jax.device_put(init_state(params, optimizer, config), jax.devices()[0]), frozen
 
 
 def same(left, right):
@@ -174,7 +174,8 @@ def test_the_average_follows_the_parameters(stepper):
 def test_what_is_dropped_depends_on_the_step_alone(stepper):
     step, state, frozen = stepper
     first, again, later = (
-        step(state._replace(step=jnp.int32(number)), frozen)[1]["total"] for number in (0, 0, 1)
+        step(state._replace(step=jax.device_put(jnp.int32(number), jax.devices()[0])), frozen)[1]["total"]
+        for number in (0, 0, 1)
     )
     assert first == again
     assert first != later

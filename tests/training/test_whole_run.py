@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import read_jax
 from read_jax.errors import CheckpointError
+from read_jax.training import loop
 from read_jax.training.checkpoint import FOLDER
 from read_jax.training.config import CheckpointConfig, DataConfig, LogConfig, StartConfig, ValidationConfig
 from read_jax.training.config import TrainConfig as Config
@@ -21,7 +24,9 @@ from read_jax.weights import export
 from read_jax.weights.checkpoint import PARAMS, load_record, model_leaves
 from read_jax.weights.store import read_slice
 from tests.training.tiny import write_model
-from tests.training.tiny_run import lines
+from tests.training.tiny_run import TIMES, lines
+
+pytestmark = pytest.mark.slow  # minutes of compilation
 
 LORA = LoraConfig(rank=2, alpha=6.0, dropout=0.1)
 
@@ -44,7 +49,17 @@ def run(tmp_path_factory):
         log=LogConfig(every=1),
         dtype="bfloat16",
     )
-    return start, folder / "run", train(config, folder / "run")
+    runs, original = [], loop.prepare
+
+    def prepare(*args):
+        runs.append(original(*args))
+        return runs[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "prepare", prepare)
+        outcome = train(config, folder / "run")
+    assert runs[0][0].step._cache_size() == 1  # pictures of all sizes, one program
+    return start, folder / "run", outcome
 
 
 def test_it_learns_finite_numbers_and_validates(run):
@@ -54,9 +69,7 @@ def test_it_learns_finite_numbers_and_validates(run):
     trained = [line for line in lines(workdir / METRICS) if "validation" not in line]
     assert [line["applied"] for line in trained] == [1, 1, 1]
     assert trained[-1]["total"] < trained[0]["total"]
-    assert {"seconds_per_update", "tokens_per_second", "tflops_per_second", "data_wait_share"} <= {
-        *trained[1]
-    }
+    assert {*trained[1]} >= TIMES
 
 
 def test_it_draws_the_first_pictures_with_masks_and_points(run):
@@ -110,8 +123,8 @@ def test_the_trained_model_answers_and_is_exported(run, tmp_path):
 def test_a_start_that_changed_since_is_refused(run, tmp_path):
     other = write_model(tmp_path, dtype="bfloat16", seed=7)
     with pytest.raises(CheckpointError, match="is not the model that"):
-        finish(run[1], tmp_path / "model", base=other)
-    assert not (tmp_path / "model" / "params.partial").exists()
+        finish(run[1], tmp_path / "merged", base=other)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_step_that_was_not_saved_is_named_with_those_that_were(run, tmp_path):
@@ -119,6 +132,7 @@ def test_a_step_that_was_not_saved_is_named_with_those_that_were(run, tmp_path):
         finish(run[1], tmp_path / "model", step=2)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_makes_no_model(run, tmp_path):
     for file in (run[1] / FOLDER / "3" / "state").rglob("*"):
         if file.is_file() and file.parent.name == "d":
@@ -126,3 +140,4 @@ def test_a_damaged_checkpoint_makes_no_model(run, tmp_path):
     with pytest.raises(CheckpointError, match="is damaged"):
         finish(run[1], tmp_path / "model")
     assert not (tmp_path / "model").exists()
+    gc.collect()  # what Orbax leaves of a failed read complains here, where it is expected
