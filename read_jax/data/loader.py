@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -124,9 +125,9 @@ class Loader(Iterator[HostBatch]):
         self.step += 1
         return batch
 
+    @abstractmethod
     def _check_share(self, per_example: list[tuple[Skipped, ...]]) -> None:
         """Raise `DataError` when too many pictures of late could not be used."""
-        raise NotImplementedError
 
     def _too_many(self, bad: int, of: int, share: float) -> DataError:
         listed = "; ".join(f"{key}: {reason}" for key, reason in list(self.skipped)[-3:])
@@ -135,9 +136,9 @@ class Loader(Iterator[HostBatch]):
             f"The last ones: {listed}"
         )
 
+    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What determines the batches, ready for JSON."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Where the loader stands, ready for JSON: the batches handed out, not those prepared ahead."""
@@ -189,9 +190,9 @@ class Loader(Iterator[HostBatch]):
             )
         return iter(dataset)
 
+    @abstractmethod
     def _task_bytes(self) -> int:
         """Bytes of the arrays of one task, roughly."""
-        raise NotImplementedError
 
     def _check_shared_memory(self) -> None:
         """Refuse before a worker dies of a full /dev/shm (64 MB in a container by default) without a word."""
