@@ -13,7 +13,7 @@ import read_jax
 from read_jax.commands.data import add_data
 from read_jax.commands.evaluate import add_evaluate
 from read_jax.commands.segment import add_segment
-from read_jax.commands.train import add_merge, add_train
+from read_jax.commands.train import add_cache, add_merge, add_train
 from read_jax.commands.weights import add_convert, add_export, add_inspect
 from read_jax.errors import ReadJaxError
 
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         add_segment,
         add_data,
         add_evaluate,
+        add_cache,
         add_train,
         add_merge,
     ):

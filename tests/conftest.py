@@ -1,12 +1,62 @@
-"""Shared fixtures. Set READ_JAX_GOLDENS and READ_JAX_FIXTURES to the folders of the big reference data to run
-those checks."""
+"""Shared fixtures, what a run's processes share, and how long a test may take.
+
+Set READ_JAX_GOLDENS and READ_JAX_FIXTURES to the folders of the big reference data to run those checks. What
+is compiled is kept for the run, in a temporary folder; JAX_COMPILATION_CACHE_DIR names one that stays.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+HOURS = 2 * 3600
+"""Seconds that a slow test may take."""
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+_made: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder of compiled programs for all processes of a run: workers and children inherit its name.
+
+    How often something is compiled is still seen: a function counts its programs, wherever they come from.
+    """
+    if CACHE not in os.environ:
+        _made.append(tempfile.mkdtemp(prefix="read-jax-compiled-"))
+        os.environ[CACHE] = _made[0]  # before anything imports jax
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The run that made the folder removes it."""
+    while _made:
+        shutil.rmtree(_made.pop(), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests have hours, the others what pyproject.toml says."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(HOURS))
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly() -> Iterator[None]:
+    """Programs are hardly optimised, children's too: for tests that take longer to compile than to run."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, before)
 
 
 @pytest.fixture(scope="session")

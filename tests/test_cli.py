@@ -21,13 +21,13 @@ from read_jax import cli
 from read_jax.images.masks import rle_to_mask
 from read_jax.inference import output
 from tests.inference.conftest import (  # noqa: F401 - fixtures
-    compilation_cache,
     model_folder,
     picture,
     scripted_sources,
     segmenter,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 NONE, ONE, TWO = "find apples", "find 1 apple", "find 2 apples"
 
 
@@ -392,7 +392,8 @@ def test_wrong_usage_exits_with_2(capsys):
 
 
 def shell(*arguments, **options):
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **options)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def test_neither_import_nor_help_loads_jax():

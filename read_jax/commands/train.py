@@ -1,11 +1,11 @@
-"""`read-jax train`: a training run; `read-jax merge`: a run's checkpoint as a model folder."""
+"""`read-jax train`: a training run; `cache`: the encoders once for all of it; `merge`: its model folder."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from read_jax.commands.shared import command
+from read_jax.commands.shared import Progress, command
 
 _PREFIX = "--config."
 
@@ -20,6 +20,26 @@ def add_train(commands: Any) -> None:
         "Started again with the same folder, a run goes on from its last checkpoint. Told to stop (SIGTERM "
         "or Ctrl-C) it saves and exits with status 75: start it again.",
     )
+    _add_config(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+
+
+def add_cache(commands: Any) -> None:
+    """Add `read-jax cache`."""
+    parser = command(
+        commands,
+        "cache",
+        _cache,
+        "run the frozen vision encoders once over all training pictures",
+        "Training with --config.data.features=DIR then runs no encoder and decodes no picture. Started again "
+        "with the same folder, it goes on where it was.",
+    )
+    _add_config(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of what is kept")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    """--config RECIPE, and --config.KEY=VALUE, which come as `changes`."""
     parser.add_argument(
         "--config",
         required=True,
@@ -27,11 +47,10 @@ def add_train(commands: Any) -> None:
         help="name of a recipe, such as read_7b_reasonseg, or a .py file with get_config(); ':runlocal' "
         "after it tries it out on a laptop",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
     parser.epilog = (
         f"{_PREFIX}KEY=VALUE changes a setting of the recipe, as {_PREFIX}optimizer.learning_rate=1e-4."
     )
-    parse = parser.parse_known_args
+    parse: Any = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:  # the names of settings are many
         changes = [a.removeprefix(_PREFIX) for a in args if a.startswith(_PREFIX)]
@@ -71,6 +90,18 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.changes)
     outcome = train(config, arguments.workdir)
     return AGAIN if outcome.stopped else 0
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from read_jax.training.config import load_config
+    from read_jax.training.features import cache
+    from read_jax.training.run import make_mixture
+
+    config = load_config(arguments.config, arguments.changes)
+    mixture = make_mixture(config.data)
+    with Progress("encoding", " images") as progress:
+        cached = cache(config, mixture, arguments.output, say=progress.say, progress=progress)
+    print(cached)
 
 
 def _merge(arguments: argparse.Namespace) -> None:

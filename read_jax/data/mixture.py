@@ -56,13 +56,15 @@ class Skipped(NamedTuple):
 class Sample:
     """A picture with some questions and their answers, before tokens and preprocessing.
 
-    key: "SOURCE:ITEM"; source: the source's name; image: uint8 [h, w, 3] RGB; rows: the conversations.
+    key: "SOURCE:ITEM"; source: the source's name; image: uint8 [h, w, 3] RGB, or None where it was not looked
+    at; rows: the conversations; size: height and width that the dataset says, where there is no image.
     """
 
     key: str
     source: str
-    image: np.ndarray
+    image: np.ndarray | None
     rows: tuple[Row, ...]
+    size: tuple[int, int] = (0, 0)
 
 
 class Choice(NamedTuple):
@@ -216,10 +218,11 @@ class Mixture:
     def __getitem__(self, k: int) -> Sample:
         return self.draw(k, lambda sample: sample)[0]
 
-    def draw(self, k: int, use: Callable[[Sample], T]) -> tuple[T, tuple[Skipped, ...]]:
+    def draw(self, k: int, use: Callable[[Sample], T], look: bool = True) -> tuple[T, tuple[Skipped, ...]]:
         """`use(mixture[k])`, and the pictures that failed before one could be used.
 
-        What `use` refuses (any `ReadJaxError`) is drawn again like a picture that does not decode.
+        What `use` refuses (any `ReadJaxError`) is drawn again like a picture that does not decode. look:
+        False leaves the pictures alone: samples come without.
 
         Raises:
             DataError: `MAX_TRIES` pictures in a row were of no use; names the last of them.
@@ -235,7 +238,9 @@ class Mixture:
                 key = f"{source.name}:{item.key}"
                 rows = self._rows(item, chosen.subset, draws)
                 if rows:
-                    return use(Sample(key, source.name, picture(item), rows)), tuple(skipped)
+                    image = picture(item) if look else None
+                    size = item.height, item.width
+                    return use(Sample(key, source.name, image, rows, size)), tuple(skipped)
             except ReadJaxError as error:
                 skipped.append(Skipped(key, str(error)))
             if self.compat == "read":

@@ -56,16 +56,30 @@ class PackedRow(NamedTuple):
     mask: CompactMask | None
 
 
+class PictureFeatures(NamedTuple):
+    """What frozen encoders say of pictures, kept in bfloat16 (see `read_jax.data.features`).
+
+    clip_features: [B, N, Dc], before the projector; image_embedding: [B, g, g, C], SAM's.
+    """
+
+    clip_features: np.ndarray
+    image_embedding: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedExample:
-    """A picture's two forms (uint8), its size, and its questions as tokens; dropped: why rows are missing."""
+    """A picture's two forms (uint8), its size, and its questions as tokens; dropped: why rows are missing.
+
+    features: what the encoders say of the picture, where that is known already; it then has no pixels.
+    """
 
     key: str
-    clip_pixels: np.ndarray  # [336, 336, 3]
-    sam_pixels: np.ndarray  # [1024, 1024, 3]
+    clip_pixels: np.ndarray | None  # [336, 336, 3]
+    sam_pixels: np.ndarray | None  # [1024, 1024, 3]
     geometry: ImageGeometry
     rows: tuple[PackedRow, ...]
     dropped: tuple[str, ...] = ()
+    features: PictureFeatures | None = None
 
 
 class Batch(NamedTuple):
@@ -77,7 +91,8 @@ class Batch(NamedTuple):
     [SEG] and a target. masks: uint8 [B, Q, Hm, Wm], 1 target, 255 ignore, at the top left of the canvas.
     mask_size: int32 [B, 2], height and width of the targets in the canvas: the original's unless it had to be
     scaled down. clip_pixels: uint8 [B, 336, 336, 3]. sam_pixels: uint8 [B, 1024, 1024, 3]. geometry: of the
-    original picture, every field [B]. valid: bool [B], False for padding.
+    original picture, every field [B]. valid: bool [B], False for padding. features: what the encoders say of
+    the pictures, where that is known already; then there are no pixels (None).
     """
 
     question_ids: np.ndarray
@@ -88,10 +103,11 @@ class Batch(NamedTuple):
     exists: np.ndarray
     masks: np.ndarray
     mask_size: np.ndarray
-    clip_pixels: np.ndarray
-    sam_pixels: np.ndarray
+    clip_pixels: np.ndarray | None
+    sam_pixels: np.ndarray | None
     geometry: ImageGeometry
     valid: np.ndarray
+    features: PictureFeatures | None = None
 
 
 class Packer:
@@ -157,7 +173,9 @@ class Packer:
         )
 
     def pack(self, sample: Sample) -> PackedExample:
-        """A sample's arrays. A row that cannot be packed is left out and its reason noted in `dropped`.
+        """A sample's arrays, without pixels if its picture was not looked at.
+
+        A row that cannot be packed is left out and its reason noted in `dropped`.
 
         Raises:
             DataError: no row is left, there are more than Q, or a mask has not the picture's size.
@@ -174,7 +192,7 @@ class Packer:
         if len(rows) > self.limits.questions:
             raise DataError(f"{sample.key} has {len(rows)} questions; a batch holds {self.limits.questions}.")
         c = self.config
-        height, width = sample.image.shape[:2]
+        height, width = sample.size if sample.image is None else sample.image.shape[:2]
         for row in rows:
             if row.mask is not None and (row.mask.height, row.mask.width) != (height, width):
                 raise DataError(
@@ -183,8 +201,8 @@ class Packer:
                 )
         return PackedExample(
             sample.key,
-            clip_crop(sample.image, c.clip.image_size),
-            sam_resize(sample.image, c.sam.image_size)[0],
+            None if sample.image is None else clip_crop(sample.image, c.clip.image_size),
+            None if sample.image is None else sam_resize(sample.image, c.sam.image_size)[0],
             image_geometry(height, width, c.sasp, c.clip.grid_size, c.sam.image_size),
             tuple(rows),
             tuple(dropped),
@@ -208,7 +226,7 @@ class Packer:
 def batch_examples(
     examples: Sequence[PackedExample | None], config: ReadConfig, limits: Limits, pad_id: int = 0
 ) -> Batch:
-    """Stack examples to the static shapes of `limits`.
+    """Stack examples to the static shapes of `limits`; all come with pixels, or all with features.
 
     None makes padding: valid False, and the geometry of some square picture. Raises `MaskError` for a damaged
     target.
@@ -216,6 +234,7 @@ def batch_examples(
     b, q, t = len(examples), limits.questions, limits.tokens
     clip, sam = config.clip.image_size, config.sam.image_size
     blank = image_geometry(clip, clip, config.sasp, config.clip.grid_size, sam)
+    known = next((example.features for example in examples if example), None)
     batch = Batch(
         question_ids=np.full((b, q, t), pad_id, np.int32),
         labels=np.full((b, q, t), IGNORE_INDEX, np.int32),
@@ -225,15 +244,19 @@ def batch_examples(
         exists=np.zeros((b, q), bool),
         masks=np.zeros((b, q, *limits.mask_canvas), np.uint8),
         mask_size=np.ones((b, 2), np.int32),
-        clip_pixels=np.zeros((b, clip, clip, 3), np.uint8),
-        sam_pixels=np.zeros((b, sam, sam, 3), np.uint8),
+        clip_pixels=None if known else np.zeros((b, clip, clip, 3), np.uint8),
+        sam_pixels=None if known else np.zeros((b, sam, sam, 3), np.uint8),
         geometry=stack_geometries([example.geometry if example else blank for example in examples]),
         valid=np.array([example is not None for example in examples]),
+        features=known and PictureFeatures(*(np.zeros((b, *x.shape), x.dtype) for x in known)),
     )
     for i, example in enumerate(examples):
         if example is None:
             continue
-        batch.clip_pixels[i], batch.sam_pixels[i] = example.clip_pixels, example.sam_pixels
+        if example.features and batch.features:
+            batch.features.clip_features[i], batch.features.image_embedding[i] = example.features
+        elif batch.clip_pixels is not None and batch.sam_pixels is not None:
+            batch.clip_pixels[i], batch.sam_pixels[i] = example.clip_pixels, example.sam_pixels
         size = int(example.geometry.height), int(example.geometry.width)
         batch.mask_size[i] = fitted = fitted_size(size, limits.mask_canvas)
         for j, row in enumerate(example.rows):

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from read_jax.data.features import FeatureStore
 from read_jax.data.item import Source
 from read_jax.data.loader import ENDLESS, Loader, Notes
-from read_jax.data.mixture import Mixture, Skipped
-from read_jax.data.packing import Batch, Packer, evaluation_sample
+from read_jax.data.mixture import Mixture, Sample, Skipped
+from read_jax.data.packing import Batch, PackedExample, Packer, evaluation_sample
 from read_jax.errors import DataError, ReadJaxError
 
 MAX_BAD_SHARE = 0.05
@@ -46,16 +47,30 @@ class _TrainingTask:
     first: int  # of the host, within a global step
     size: int
     per_step: int
+    features: FeatureStore | None
 
     def __call__(self, t: int) -> tuple[Batch, Notes]:
         step, part = divmod(t, self.per_step)
         start = step * self.global_batch + self.first + part * self.size
         examples, notes = [], Notes()
         for k in range(start, start + self.size):
-            example, skipped = self.mixture.draw(k, self.packer.pack)
+            example, skipped = self._draw(k)
             examples.append(example)
             notes.add(example.key, example, skipped)
         return self.packer.batch(examples), notes
+
+    def _draw(self, k: int) -> tuple[PackedExample, tuple[Skipped, ...]]:
+        store = self.features
+        if store is None:
+            return self.mixture.draw(k, self.packer.pack)
+
+        def pack(sample: Sample) -> PackedExample:
+            store.check_usable(sample.key)  # what could not be looked at then is skipped now
+            return self.packer.pack(sample)
+
+        example, skipped = self.mixture.draw(k, pack, look=False)
+        # not within the draw: a picture that the store lacks is no reason to draw another
+        return dataclasses.replace(example, features=store[example.key]), skipped
 
 
 class Unit(NamedTuple):
@@ -108,6 +123,7 @@ class TrainingLoader(Loader):
         buffer: int = 2,
         task_examples: int | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
+        features: FeatureStore | None = None,
     ) -> None:
         """Nothing is read before the first batch is asked for.
 
@@ -120,6 +136,7 @@ class TrainingLoader(Loader):
             task_examples: examples a worker makes at a time, a divisor of the host's share; default: the
                 largest up to 8.
             max_bad_share: stop when a larger share of the latest draws could not be used.
+            features: what the encoders say of the pictures; the same examples then, without pixels.
 
         Raises:
             DataError: an argument is out of its range.
@@ -133,10 +150,11 @@ class TrainingLoader(Loader):
                 f"the mixture gives up to {mixture.questions_per_image} questions per picture, the batches "
                 f"hold {packer.limits.questions}; make both equal."
             )
-        task = _TrainingTask(mixture, packer, global_batch, host_index * share, size, share // size)
+        first = host_index * share
+        task = _TrainingTask(mixture, packer, global_batch, first, size, share // size, features)
         super().__init__(task, share // size, ENDLESS, workers, buffer)
         self._mixture, self._packer, self._global_batch, self._size = mixture, packer, global_batch, size
-        self._max_bad_share = max_bad_share
+        self._max_bad_share, self._features = max_bad_share, features
         self._recent: collections.deque[int] = collections.deque(maxlen=_WINDOW)  # failures per example
 
     def fingerprint(self) -> dict[str, Any]:
@@ -156,7 +174,7 @@ class TrainingLoader(Loader):
             raise self._too_many(bad, draws, self._max_bad_share)
 
     def _task_bytes(self) -> int:
-        return self._size * _example_bytes(self._packer)
+        return self._size * _example_bytes(self._packer, self._features)
 
 
 class EvaluationLoader(Loader):
@@ -242,8 +260,9 @@ def _host_share(global_batch: int, host_index: int, host_count: int) -> int:
     return global_batch // host_count
 
 
-def _example_bytes(packer: Packer) -> int:
+def _example_bytes(packer: Packer, features: FeatureStore | None = None) -> int:
     limits, config = packer.limits, packer.config
     canvas = limits.mask_canvas[0] * limits.mask_canvas[1]
-    pictures = 3 * (config.clip.image_size**2 + config.sam.image_size**2)
+    pixels = 3 * (config.clip.image_size**2 + config.sam.image_size**2)
+    pictures = features.card.record_bytes if features else pixels
     return pictures + limits.questions * (canvas + 8 * limits.tokens)

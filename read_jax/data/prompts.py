@@ -276,3 +276,29 @@ TRAINING_TEMPLATES = TemplateSet(
     ),
 )
 """The training templates of this project."""
+
+SHORT_TEMPLATES = TemplateSet(
+    phrase_questions=(
+        *[PHRASE_QUESTION.format(text="{phrase}")] * 8,
+        *["{phrase}", "the {phrase}"] * 2,
+        "Segment the {phrase}.",
+        "Where is the {phrase}?",
+        "Find the {phrase} in this image.",
+        "Show me the {phrase}.",
+    ),
+    sentence_questions=(*[SENTENCE_QUESTION.format(text="{phrase}")] * 3, "{phrase}"),
+    affirmations=(SEGMENTATION_ANSWER,),
+    denials=("There is no {phrase} in this image.", "There is nothing of the kind in this image."),
+    corrections=(
+        "There is no {phrase} in this image, but there is {correction}.",
+        "There is nothing of the kind in this image, but there is {correction}.",
+    ),
+)
+"""The fixed evaluation templates half of the time, and short questions: for models too small for variety."""
+
+_NAMED = {"varied": TRAINING_TEMPLATES, "short": SHORT_TEMPLATES}
+
+
+def templates_named(name: str) -> TemplateSet:
+    """The project's own templates "varied" or "short", or those of a file; raises `DataError`."""
+    return _NAMED[name] if name in _NAMED else TemplateSet.load(name)

@@ -23,6 +23,7 @@ from read_jax.models.layers import (
     scan_layers,
     stack_layers,
 )
+from read_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -122,5 +123,5 @@ class ClipVision(nnx.Module):
         x = jnp.concatenate([first, x], axis=1) + self.position_embed[...].astype(x.dtype)
         x = self.pre_norm(x)
         if self.layers is not None:
-            x, _ = scan_layers(self.layers, x, lambda layer, y, _: (layer(y), None))
+            x, _ = scan_layers(self.layers, x, lambda layer, y, _: (layer(constrain(y, "batch")), None))
         return x[:, 1:] if self.config.select_feature == "patch" else x

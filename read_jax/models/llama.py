@@ -21,6 +21,7 @@ from flax import nnx
 from read_jax.config import LlamaConfig
 from read_jax.models.attention import attention, prefix_attention
 from read_jax.models.layers import DType, float32_rms_norm, linear, scan_layers, stack_layers
+from read_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -178,6 +179,7 @@ class Llama(nnx.Module):
 
         def body(layer: LlamaLayer, x: Array, xs: tuple[KeyValues | None, Array | None]) -> Any:
             prefix, key = xs
+            x = constrain(x, "batch")
             q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, key)
             return self._finish(layer, x, _attend(q, k, v, prefix, causal)), KeyValues(k, v)
 

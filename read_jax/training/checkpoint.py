@@ -276,8 +276,9 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
     """A number for each leaf that depends on every bit of it, and not on how it is sharded."""
-    values = jax.device_get({name: _checksum(leaf) for name, leaf in leaves.items()})
-    return {name: int(value) for name, value in values.items()}
+    # one after the other: on a CPU devices share a few threads, and several programs in which they wait for
+    # one another could take them all
+    return {name: int(_checksum(leaf)) for name, leaf in leaves.items()}
 
 
 @jax.jit

@@ -24,12 +24,40 @@ import read_jax
 from read_jax.config import ClipVisionConfig, Config, LlamaConfig, ReadConfig, SamConfig, SaspConfig
 from read_jax.data.packing import Limits
 from read_jax.errors import ConfigError
+from read_jax.sharding import MeshConfig
 from read_jax.training.lora import LoraConfig
 from read_jax.training.objective import LossWeights
 from read_jax.training.optimizer import OptimizerConfig
-from read_jax.training.step import TRAINABLE, StepConfig
+from read_jax.training.step import TRAINABLE, StepConfig, is_chosen
 
 RUNLOCAL = "runlocal"
+ENCODERS = ("clip", "sam.image_encoder")
+"""Dotted paths of the vision encoders."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TeachingConfig(Config):
+    """Lessons for a new model's vision tower; see `read_jax.training.teaching`.
+
+    Attributes:
+        updates: how many lessons; batch: pictures in each.
+        learning_rate: the peak, reached after `warmup_updates` and kept for half of the lessons.
+        seed: of the pictures.
+    """
+
+    updates: int = 3000
+    batch: int = 16
+    learning_rate: float = 1.5e-3
+    warmup_updates: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require_positive("updates", "batch", "learning_rate")
+        self._require(
+            0 <= self.warmup_updates <= self.updates // 2,
+            f"warmup_updates must be at most half of the {self.updates} updates, not {self.warmup_updates}.",
+        )
+        self._require(0 <= self.seed < 2**62, f"seed must be in [0, 2**62), not {self.seed}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +70,7 @@ class StartConfig(Config):
         tokenizer: folder with the new model's tokenizer; "": one is made of the words of the training data.
         vocabulary: its size, when it is made.
         seed: of the new model's parameters.
+        teaching: lessons for the new model's vision tower; None for none.
         sasp: point settings to train with, by name; None: the model's own.
         continuous: with `sasp`: whether chosen points move to their differentiable expectation.
     """
@@ -51,11 +80,13 @@ class StartConfig(Config):
     tokenizer: str = ""
     vocabulary: int = 1000
     seed: int = 0
+    teaching: TeachingConfig | None = None
     sasp: Literal["7b", "13b", "paper", "off"] | None = None
     continuous: bool = True
 
     def __post_init__(self) -> None:
         self._require(not (self.model and self.scratch), "give a model folder or scratch, not both.")
+        self._require(not (self.teaching and not self.scratch), "teaching is for new models: set scratch.")
         self._require(self.vocabulary > 300, f"vocabulary must be above 300, not {self.vocabulary}.")
 
     def sasp_config(self) -> SaspConfig | None:
@@ -73,6 +104,8 @@ class DataConfig(Config):
         data_dir: folder with the datasets.
         compat: "read" for the original's defects.
         false_premises: whether questions are made up about things that are not there.
+        templates: words around questions and answers: "varied", "short" (mostly the fixed ones of
+            evaluation), or a file; see `read_jax.data.prompts`.
         template: of the conversations.
         global_batch: pictures per update, over all devices.
         questions: at most so many about a picture.
@@ -81,6 +114,8 @@ class DataConfig(Config):
         workers, buffer: processes that prepare batches, and how far ahead each goes.
         seed: of what is drawn.
         max_bad_share: stop when a larger share of the pictures cannot be used.
+        features: folder made by `read-jax cache`, with what the frozen vision encoders say of the pictures:
+            neither is run then, and no picture is decoded. "" for none.
     """
 
     mixture: str = ""
@@ -88,6 +123,7 @@ class DataConfig(Config):
     data_dir: str | None = None
     compat: Literal["read"] | None = None
     false_premises: bool = True
+    templates: str = "varied"
     template: str = "llava_v1"
     global_batch: int = 16
     questions: int = 3
@@ -97,6 +133,7 @@ class DataConfig(Config):
     buffer: int = 2
     seed: int = 0
     max_bad_share: float = 0.05
+    features: str = ""
 
     def __post_init__(self) -> None:
         self._require_positive("global_batch", "questions", "tokens", "buffer")
@@ -176,10 +213,12 @@ class TrainConfig(Config):
     """A training run.
 
     Attributes:
-        start, data, optimizer, step, validation, checkpoints, log: see their classes.
+        start, data, optimizer, step, mesh, validation, checkpoints, log: see their classes.
         trainable: dotted names of what is trained, "lora" for the adapters, "all" for everything.
         lora: the adapters; None for none.
         losses: weights of the losses.
+        masks_from: update from which the losses of masks count; before it no masks are predicted, which saves
+            their time while a new model learns to point.
         dtype: type of the computation and of the frozen parameters; the trainable ones are float32.
         updates: where the run ends; None: with the schedule.
         max_skipped: stop when so many of the latest 100 updates had to be skipped.
@@ -189,8 +228,10 @@ class TrainConfig(Config):
     trainable: tuple[str, ...] = TRAINABLE
     lora: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)
     losses: LossWeights = dataclasses.field(default_factory=LossWeights)
+    masks_from: int = 0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = DataConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -217,7 +258,12 @@ class TrainConfig(Config):
             not self.checkpoints.best or self.checkpoints.every % self.validation.every == 0,
             "with checkpoints.best, checkpoints.every must be a multiple of validation.every.",
         )
+        self._require(
+            not (self.data.features and self.trained_encoders),
+            f"data.features keeps what the encoders say, but {', '.join(self.trained_encoders)} are trained.",
+        )
         self._require_positive("max_skipped")
+        self._require(self.masks_from >= 0, f"masks_from must not be negative, not {self.masks_from}.")
         self._require(
             self.updates is None or self.updates > 0, f"updates must be positive, not {self.updates}."
         )
@@ -227,14 +273,25 @@ class TrainConfig(Config):
         """Where the run ends."""
         return self.optimizer.total_updates if self.updates is None else self.updates
 
+    @property
+    def trained_encoders(self) -> tuple[str, ...]:
+        """Vision encoders of which `trainable` names something."""
+        return tuple(
+            part
+            for part in ENCODERS
+            if is_chosen(self.trainable, part) or any(n.startswith(f"{part}.") for n in self.trainable)
+        )
+
     def trajectory(self) -> dict[str, Any]:
         """What determines the parameters at every step, ready for JSON; runs that differ in other settings
         may continue one another."""
         data = json.loads(json.dumps(self.to_dict()))
-        for key in ("validation", "checkpoints", "log", "updates", "max_skipped"):
+        for key in ("mesh", "validation", "checkpoints", "log", "updates", "max_skipped"):
             del data[key]
         for key in ("data_dir", "workers", "buffer", "max_bad_share"):
             del data["data"][key]
+        if data["data"].pop("features"):
+            data["data"]["features"] = "used"  # their content follows from the base
         del data["start"]["model"], data["start"]["tokenizer"]  # by content: the base's fingerprint
         return data
 
@@ -357,7 +414,7 @@ def runlocal(recipe: ConfigDict) -> ConfigDict:
     ).to_dict()
     config: Any = recipe.copy_and_resolve_references()
     with config.unlocked(), config.ignore_type():
-        for section in ("start", "data", "validation", "checkpoints", "log"):
+        for section in ("start", "data", "mesh", "validation", "checkpoints", "log"):
             config[section] = small[section]
         config.trainable = ("all",)
         config.lora = None

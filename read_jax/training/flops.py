@@ -78,7 +78,12 @@ def llama_weights(config: LlamaConfig) -> int:
 
 
 def train_step_flops(
-    config: ReadConfig, trainable: Sequence[str], prefix: int, lengths: np.ndarray, masks: int
+    config: ReadConfig,
+    trainable: Sequence[str],
+    prefix: int,
+    lengths: np.ndarray,
+    masks: int,
+    encoders: bool = True,
 ) -> float:
     """One update.
 
@@ -89,6 +94,7 @@ def train_step_flops(
         prefix: tokens before every question.
         lengths: int [B, Q] tokens of the questions, 0 where there is none.
         masks: how many have a mask.
+        encoders: whether the vision encoders run.
     """
     llama, pictures = config.llama, len(lengths)
     tokens = pictures * prefix + float(np.sum(lengths))
@@ -104,7 +110,7 @@ def train_step_flops(
         (clip_forward(config.clip), "clip"),
         (sam_encoder_forward(config.sam), "sam.image_encoder"),
     ):
-        total += pictures * forward * (3 if is_chosen(trainable, path) else 1)
+        total += encoders * pictures * forward * (3 if is_chosen(trainable, path) else 1)
     points = config.sasp.num_points + 1 if config.sasp.enabled else 0
     prompt = 1 + config.sam.num_mask_tokens + points + 1
     return total + masks * cost(mask_decoder_forward(config.sam, prompt), "sam.mask_decoder")

@@ -121,7 +121,7 @@ def _updates(
             raise
 
         # step
-        state, metrics = run.step(state, run.frozen, arrays)
+        state, metrics = run.step(step)(state, run.frozen, arrays)
         step += 1
 
         # log: the update before this one, while this one runs
@@ -214,6 +214,7 @@ class _Watch:
             len(self._run.prefix_ids),
             lengths,
             int(values["masks"]),
+            encoders=not self._config.data.features,
         )
 
     def _speed(self) -> dict[str, float]:

@@ -21,20 +21,36 @@ from read_jax.errors import ConfigError
 from read_jax.geometry import ImageGeometry
 from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
 from read_jax.models.sam.postprocess import mask_logits
+from read_jax.sharding import constrain
 from read_jax.text.targets import IGNORE_INDEX
-from read_jax.training.losses import COUNT_EPS, MaskLosses, mask_losses, token_cross_entropy
+from read_jax.training.losses import (
+    COUNT_EPS,
+    MaskLosses,
+    mask_losses,
+    share_of_cells,
+    similarity_loss,
+    token_cross_entropy,
+)
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights(Config):
-    """Factors of the losses in the total (the paper's: 1, 2, 0.5 and no focal loss)."""
+    """Factors of the losses in the total (the paper's: 1, 2, 0.5 and none of the others).
+
+    Attributes:
+        ce, bce, dice, focal: as in `read_jax.training.losses`.
+        similarity: the [SEG] state learns to resemble the image tokens of its target; see `similarity_loss`.
+        first_token: extra weight of the first token of every answer, where it is decided to affirm or deny.
+    """
 
     ce: float = 1.0
     bce: float = 2.0
     dice: float = 0.5
     focal: float = 0.0
+    similarity: float = 0.0
+    first_token: float = 0.0
 
     def __post_init__(self) -> None:
         if any(not value >= 0 for value in dataclasses.astuple(self)):
@@ -42,11 +58,21 @@ class LossWeights(Config):
         if not any(dataclasses.astuple(self)):
             raise ConfigError("all loss weights are zero: there is nothing to learn.")
 
+    @property
+    def of_masks(self) -> bool:
+        """Whether masks have to be predicted."""
+        return bool(self.bce or self.dice or self.focal)
+
+    def without_masks(self) -> LossWeights:
+        """The same without the losses of masks."""
+        return dataclasses.replace(self, bce=0.0, dice=0.0, focal=0.0)
+
 
 class Counts(NamedTuple):
-    """What the sums of a batch are divided by: supervised tokens and masks, float32 scalars."""
+    """What the sums of a batch are divided by: supervised tokens, answers and masks, float32 scalars."""
 
     tokens: Array
+    answers: Array
     masks: Array
 
 
@@ -58,13 +84,16 @@ class Losses(NamedTuple):
     bce: Array
     dice: Array
     focal: Array
+    similarity: Array
+    first_token: Array
 
 
 def count(batch: Batch) -> Counts:
     """The denominators of a whole batch, however it is cut into micro-batches."""
-    supervised = (batch.labels[..., 1:] != IGNORE_INDEX) & batch.valid[:, None, None]
+    targets = targets_of(batch)
     masks = batch.has_mask & batch.valid[:, None]
-    return Counts(jnp.sum(supervised).astype(jnp.float32), jnp.sum(masks).astype(jnp.float32))
+    kinds = targets != IGNORE_INDEX, first_tokens(targets) != IGNORE_INDEX, masks
+    return Counts(*(jnp.sum(kind).astype(jnp.float32) for kind in kinds))
 
 
 class Forward(NamedTuple):
@@ -102,23 +131,34 @@ def forward(
 ) -> Forward:
     """Encoders, shared prefix and questions of a batch; arguments as for `objective`."""
     if features is None:
-        geometry = batch.geometry
-        features = model.encode_images(
-            jnp.asarray(batch.clip_pixels),
-            jnp.asarray(batch.sam_pixels),
-            geometry.sam_height,
-            geometry.sam_width,
-        )
+        features = picture_features(model, batch)
+    features = ImageFeatures(*(constrain(x, "batch") for x in features))
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     prefix = model.encode_prefix(
         jnp.asarray(prefix_ids), features.image_tokens, image_start, remat=remat, dropout_key=keys[0]
     )
     ids = jnp.asarray(batch.question_ids)
     positions = jnp.broadcast_to(prefix.states.shape[1] + jnp.arange(ids.shape[-1]), ids.shape)
+    # looked up by width, as the table lies, and then brought to the pictures; gradients go the same way back
+    x = constrain(model.llama.embed(constrain(ids, "looked_up")), "looked_up", None, None, "table")
     states, _ = model.llama(
-        model.llama.embed(ids), positions, prefix=prefix.key_values, remat=remat, dropout_key=keys[1]
+        constrain(x, "batch"), positions, prefix=prefix.key_values, remat=remat, dropout_key=keys[1]
     )
     return Forward(features, prefix, states)
+
+
+def picture_features(model: Read, batch: Batch) -> ImageFeatures:
+    """What the encoders say of a batch's pictures: computed from the pixels, or as the batch brings it.
+
+    What is brought is before the projector, which may learn.
+    """
+    known, geometry = batch.features, batch.geometry
+    if known is None:
+        pixels = jnp.asarray(batch.clip_pixels), jnp.asarray(batch.sam_pixels)
+        return model.encode_images(*pixels, geometry.sam_height, geometry.sam_width)
+    clip_features = jnp.asarray(known.clip_features).astype(model.clip.dtype)
+    image_embedding = jnp.asarray(known.image_embedding).astype(model.sam.image_encoder.dtype)
+    return ImageFeatures(clip_features, model.projector(clip_features), image_embedding)
 
 
 def objective(
@@ -151,11 +191,22 @@ def objective(
     out = forward(
         model, batch, prefix_ids, image_start, features=features, dropout_key=dropout_key, remat=remat
     )
-    ce = _text_loss(model, out.states, batch, abreast) / jnp.maximum(counts.tokens, 1.0)
-    masks = _mask_loss_sums(model, out, batch, image_start, abreast)
-    bce, dice, focal = (value / (counts.masks + COUNT_EPS) for value in masks)
-    parts = (weights.ce * ce, weights.bce * bce, weights.dice * dice, weights.focal * focal)
-    return Losses(sum(parts, jnp.float32(0)), *parts)
+    bce = dice = focal = similarity = first_token = jnp.float32(0)
+    ce = _text_loss_sum(model, out.states, targets_of(batch), abreast) / jnp.maximum(counts.tokens, 1.0)
+    if weights.first_token:
+        targets = first_tokens(targets_of(batch))
+        first_token = _text_loss_sum(model, out.states, targets, abreast) / jnp.maximum(counts.answers, 1.0)
+    if weights.of_masks:
+        masks = _mask_loss_sums(model, out, batch, image_start, abreast)
+        bce, dice, focal = (value / (counts.masks + COUNT_EPS) for value in masks)
+    if weights.similarity:
+        similarity = _similarity_loss_sum(model, out, batch, image_start) / (counts.masks + COUNT_EPS)
+    losses = (ce, bce, dice, focal, similarity, first_token)
+    # a weight of zero leaves the loss out of the program, not only out of the sum
+    parts = [
+        w * x if w else jnp.float32(0) for w, x in zip(dataclasses.astuple(weights), losses, strict=True)
+    ]
+    return Losses(jnp.sum(jnp.stack(parts)), *parts)
 
 
 def map_pictures(function: Callable[[Any], Any], xs: Any, abreast: int = 1) -> Any:
@@ -165,7 +216,12 @@ def map_pictures(function: Callable[[Any], Any], xs: Any, abreast: int = 1) -> A
     one of its own in each turn. What the function keeps for the backward pass is computed again there.
     """
     mapped = jax.vmap(jax.checkpoint(function))
-    turns = jax.tree.map(lambda x: jnp.reshape(x, (abreast, -1, *jnp.shape(x)[1:])).swapaxes(0, 1), xs)
+
+    def deal(x: Any) -> Array:
+        x = jnp.reshape(x, (abreast, -1, *jnp.shape(x)[1:])).swapaxes(0, 1)
+        return constrain(x, None, "batch")
+
+    turns = jax.tree.map(deal, xs)
     out = jax.lax.map(mapped, turns)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
@@ -175,10 +231,7 @@ def picture_masks(
 ) -> tuple[Callable[[Any], PictureMasks], Any]:
     """(function, pytree) for `map_pictures`: the masks of each picture's questions."""
     questions = batch.has_mask.shape[1]
-    tokens = out.features.image_tokens.shape[1]
-    image_states = out.prefix.states[:, image_start : image_start + tokens]
-    seg_at = jnp.asarray(batch.seg_at)
-    seg_states = jnp.take_along_axis(out.states, seg_at[..., None, None], axis=2)[:, :, 0]  # [B, Q, D]
+    seg_states, image_states = _compared_states(out, batch, image_start)
 
     def of_picture(args: tuple[Array, Array, Array, ImageGeometry, Array, Array]) -> PictureMasks:
         seg, image, embedding, geometry, size, target = args
@@ -197,15 +250,46 @@ def picture_masks(
     return of_picture, (seg_states, image_states, embedding, batch.geometry, batch.mask_size, batch.masks)
 
 
-def _text_loss(model: Read, states: Array, batch: Batch, abreast: int) -> Array:
-    """Summed cross-entropy of the supervised tokens of states [B, Q, T, D]."""
-    targets = jnp.where(batch.valid[:, None, None], batch.labels, IGNORE_INDEX)[..., 1:]
+def first_tokens(targets: Any) -> Array:
+    """Targets [..., T], with `IGNORE_INDEX` everywhere but at the first token of every answer."""
+    targets = jnp.asarray(targets)
+    before = jnp.pad(
+        targets[..., :-1], [(0, 0)] * (targets.ndim - 1) + [(1, 0)], constant_values=IGNORE_INDEX
+    )
+    return jnp.where(before == IGNORE_INDEX, targets, IGNORE_INDEX)
+
+
+def targets_of(batch: Batch) -> Array:
+    """What the state at each place but the last is to predict, int32 [B, Q, T - 1]."""
+    return jnp.where(batch.valid[:, None, None], batch.labels, IGNORE_INDEX)[..., 1:]
+
+
+def _compared_states(out: Forward, batch: Batch, image_start: int) -> tuple[Array, Array]:
+    """The states that predict [SEG], [B, Q, D], and those of the image tokens, [B, N, D]."""
+    tokens = out.features.image_tokens.shape[1]
+    seg_at = jnp.asarray(batch.seg_at)
+    seg_states = jnp.take_along_axis(out.states, seg_at[..., None, None], axis=2)[:, :, 0]
+    return seg_states, out.prefix.states[:, image_start : image_start + tokens]
+
+
+def _text_loss_sum(model: Read, states: Array, targets: Array, abreast: int) -> Array:
+    """Summed cross-entropy of the targets [B, Q, T - 1] of states [B, Q, T, D]."""
 
     def of_picture(args: tuple[Array, Array]) -> Array:
         return token_cross_entropy(model.llama.logits(args[0]), args[1])[0]
 
     # a few pictures' logits at a time: [B, Q, T, V] never exists
     return jnp.sum(map_pictures(of_picture, (states[:, :, :-1], targets), abreast))
+
+
+def _similarity_loss_sum(model: Read, out: Forward, batch: Batch, image_start: int) -> Array:
+    """Sum of `similarity_loss` over the rows that have a mask."""
+    seg_states, image_states = _compared_states(out, batch, image_start)
+    similarity = jnp.einsum("bnd,bqd->bqn", image_states, seg_states, preferred_element_type=jnp.float32)
+    masks, sizes = jnp.asarray(batch.masks), jnp.asarray(batch.mask_size)
+    share = share_of_cells(masks, sizes, model.config.clip.grid_size)
+    per_mask = similarity_loss(similarity, share, seg_states.shape[-1])
+    return jnp.sum(jnp.where(batch.has_mask & batch.valid[:, None], per_mask, 0.0))
 
 
 def _mask_loss_sums(model: Read, out: Forward, batch: Batch, image_start: int, abreast: int) -> MaskLosses:

@@ -11,22 +11,34 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from read_jax.config import ReadConfig
 from read_jax.data.mixture import Mixture, load_mixture
 from read_jax.data.packing import Packer
 from read_jax.data.pipeline import TrainingLoader
+from read_jax.data.prompts import templates_named
 from read_jax.data.sources import load_source
 from read_jax.errors import ConfigError
+from read_jax.sharding import (
+    batch_devices,
+    batch_sharding,
+    make_mesh,
+    on_mesh,
+    parameter_shardings,
+    replicated,
+    tree_shardings,
+)
 from read_jax.text.tokenizer import Tokenizer
 from read_jax.training.config import DataConfig, TrainConfig
+from read_jax.training.features import open_features
 from read_jax.training.lora import add_adapters
+from read_jax.training.objective import LossWeights
 from read_jax.training.optimizer import make_optimizer
-from read_jax.training.scratch import write_scratch
+from read_jax.training.scratch import check_scratch, write_scratch
 from read_jax.training.step import TrainState, init_state, is_chosen, make_train_step, split_model
 from read_jax.training.validation import Validator
-from read_jax.weights.checkpoint import UPSTREAM, ModelRecord, load_record
+from read_jax.weights.checkpoint import UPSTREAM, ModelRecord, load_record, model_folder, model_leaves
 from read_jax.weights.model import load_model
 
 START = "start"
@@ -36,15 +48,16 @@ START = "start"
 class Run:
     """The parts of a run.
 
-    model_config: the architecture, with the run's point settings. frozen: parameters that stay. step: the
-    compiled function (state, frozen, batch) -> (state, metrics), which reuses the state's memory. loader: of
+    model_config: the architecture, with the run's point settings. frozen: parameters that stay. step: of
+    the number of updates done, the compiled function (state, frozen, batch) -> (state, metrics), which reuses
+    the state's memory. loader: of
     the training data. sharding: of a batch's arrays. validator: None without validation. prefix_ids: tokens
     before every question. identity: what a checkpoint belongs to. description: in words.
     """
 
     model_config: ReadConfig
     frozen: Any
-    step: Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
+    step: Callable[[int], Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]]
     loader: TrainingLoader
     sharding: NamedSharding
     validator: Validator | None
@@ -60,20 +73,20 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
 
     Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
-    devices = jax.devices()
+    mesh = make_mesh(config.mesh)
+    abreast, shared = batch_devices(mesh), batch_sharding(mesh)
     part = config.data.global_batch // config.step.micro_batches
-    if part % len(devices):
+    if part % abreast:
         raise ConfigError(
-            f"{len(devices)} devices cannot share micro-batches of {part} pictures (global_batch "
-            f"{config.data.global_batch}, micro_batches {config.step.micro_batches}) evenly."
+            f"{abreast} devices (data x fsdp of the mesh) cannot share micro-batches of {part} pictures "
+            f"(global_batch {config.data.global_batch}, micro_batches {config.step.micro_batches}) evenly."
         )
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
     mixture = make_mixture(config.data)
     folder, record = base_model(config, mixture, workdir)
     sasp = config.start.sasp_config()
     model_config = record.config.replace(sasp=sasp) if sasp else record.config
+    features = open_features(config, folder, model_config, mixture)
     tokenizer = Tokenizer.load(folder / UPSTREAM)
     packer = Packer(model_config, tokenizer, config.data.template, config.data.limits)
     model = load_model(
@@ -81,18 +94,29 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
         dtype=config.dtype,
         config=model_config,
         float32=lambda path: is_chosen(config.trainable, path),
-        shardings=everywhere,
+        shardings=parameter_shardings(
+            model_config, {path: leaf.shape for path, leaf in model_leaves(model_config).items()}, mesh
+        ),
     )
     if config.lora:
         add_adapters(model.llama, config.lora, nnx.Rngs(config.start.seed))
     graphdef, params, frozen = split_model(model, config.trainable)
-    params = jax.device_put(params, everywhere)
+    params = jax.device_put(params, tree_shardings(params, mesh))  # the adapters
     del model
     optimizer = make_optimizer(config.optimizer)
-    state = jax.device_put(init_state(params, optimizer, config.step), everywhere)
-    step = make_train_step(
-        graphdef, optimizer, packer.prefix_ids, packer.image_start, config.losses, config.step, len(devices)
-    )
+    state = init_state(params, optimizer, config.step)
+    places = tree_shardings(state, mesh)
+    state = jax.device_put(state, places)
+
+    def compiled(weights: LossWeights) -> Callable[..., Any]:
+        step = make_train_step(
+            graphdef, optimizer, packer.prefix_ids, packer.image_start, weights, config.step, abreast
+        )
+        # the state leaves as it came: one program for the whole run
+        return jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, replicated(mesh)))
+
+    whole = compiled(config.losses)
+    early = compiled(config.losses.without_masks()) if config.masks_from else whole
     validator = None
     if config.validation.dataset:
         source = load_source(config.validation.dataset, config.data.data_dir)
@@ -101,9 +125,9 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
             source,
             packer,
             graphdef,
-            batch=-(-batch // len(devices)) * len(devices),
+            batch=-(-batch // abreast) * abreast,
             sharding=shared,
-            abreast=len(devices),
+            abreast=abreast,
             limit=config.validation.limit,
             pictures=config.validation.pictures,
         )
@@ -114,12 +138,13 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
         workers=config.data.workers,
         buffer=config.data.buffer,
         max_bad_share=config.data.max_bad_share,
+        features=features,
     )
     learned, kept = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (params, frozen))
     run = Run(
         model_config=model_config,
         frozen=frozen,
-        step=jax.jit(step, donate_argnums=0, out_shardings=everywhere),
+        step=lambda updates: early if updates < config.masks_from else whole,
         loader=loader,
         sharding=shared,
         validator=validator,
@@ -133,8 +158,8 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
             },
         },
         description=(
-            f"training {learned:,} of {learned + kept:,} parameters from {folder} on {len(devices)} "
-            f"{devices[0].device_kind} device(s)"
+            f"training {learned:,} of {learned + kept:,} parameters from {folder} on {mesh.size} "
+            f"{mesh.devices.flat[0].device_kind} device(s), {_shape(mesh)}"
         ),
     )
     return run, state
@@ -149,6 +174,7 @@ def make_mixture(data: DataConfig) -> Mixture:
         data.mixture or data.rates,
         data.data_dir,
         **made_up,
+        templates=templates_named(data.templates),
         compat=data.compat,
         seed=data.seed,
         questions_per_image=data.questions,
@@ -160,11 +186,18 @@ def base_model(config: TrainConfig, mixture: Mixture, workdir: Path) -> tuple[Pa
     start = config.start
     if start.scratch is None and not start.model:
         raise ConfigError("start names no model folder: set start.model (or start.scratch, a new model).")
-    folder = Path(start.model).expanduser().absolute() if start.model else workdir / START
+    folder = model_folder(start.model).absolute() if start.model else workdir / START
     workdir.mkdir(parents=True, exist_ok=True)
     if start.scratch is not None and not folder.exists():
-        write_scratch(folder, start, mixture, config.data.template)
-    return folder, load_record(folder)
+        write_scratch(folder, start, mixture, config.data.template, workers=config.data.workers)
+    record = load_record(folder)
+    if start.scratch is not None:
+        check_scratch(folder, record, start)
+    return folder, record
+
+
+def _shape(mesh: Mesh) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def _digest(path: Path) -> str:

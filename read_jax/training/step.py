@@ -16,6 +16,7 @@ from read_jax.data.packing import Batch
 from read_jax.errors import ConfigError
 from read_jax.models.layers import LoraParam
 from read_jax.models.read import ImageFeatures, Read
+from read_jax.sharding import constrain, constrain_parameters
 from read_jax.training.objective import Counts, Losses, LossWeights, count, objective
 
 Array = jax.Array
@@ -46,7 +47,8 @@ class StepConfig(Config):
         micro_batches: parts the batch is cut into, one after the other through the model; same result.
         remat: recompute the language model's activations in the backward pass: all of them (True), none
             (False), or all but the results of its weights' matrix products ("dots").
-        ema_decay: of the moving average of the parameters; 0 keeps none.
+        ema_decay: of the moving average of the parameters, or (1 + n) / (10 + n) after n updates if that is
+            less; 0 keeps none.
         max_gradient_norm: an update whose gradient norm exceeds it is skipped, as one that is not finite.
         seed: of the adapters' dropout.
     """
@@ -148,17 +150,22 @@ def make_gradients(
 
         def cut(x: Array) -> Array:
             # part k holds every K-th picture: where devices share the batch, all have work in every part
-            return jnp.reshape(x, (-1, config.micro_batches, *jnp.shape(x)[1:])).swapaxes(0, 1)
+            x = jnp.reshape(x, (-1, config.micro_batches, *jnp.shape(x)[1:])).swapaxes(0, 1)
+            return constrain(x, None, "batch")
 
         def accumulate(sums: Any, xs: tuple[Any, Array]) -> tuple[Any, None]:
             (_, losses), gradients = jax.value_and_grad(loss_of, has_aux=True)(
                 params, frozen, xs[0], counts, xs[1]
             )
-            return jax.tree.map(jnp.add, sums, (gradients, losses)), None
+            gradients, losses = jax.tree.map(jnp.add, sums, (gradients, losses))
+            return (constrain_parameters(gradients), losses), None
 
         parts = jax.tree.map(cut, (batch, features))
         keys = jax.random.split(key, config.micro_batches)
-        zeros = jax.tree.map(jnp.zeros_like, params), Losses(*[jnp.float32(0)] * len(Losses._fields))
+        zeros = (
+            constrain_parameters(jax.tree.map(jnp.zeros_like, params)),
+            Losses(*[jnp.float32(0)] * len(Losses._fields)),
+        )
         (gradients, losses), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
         return gradients, losses, counts
 
@@ -194,7 +201,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            ema = jax.tree.map(lambda a, p: config.ema_decay * a + (1 - config.ema_decay) * p, ema, params)
+            done = (state.step - state.skipped).astype(jnp.float32)
+            # at first a shorter average: the parameters it began from are soon worth nothing
+            decay = jnp.minimum(config.ema_decay, (1 + done) / (10 + done))
+            ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from PIL import Image
 
 from read_jax.data.item import Compat, Item, Source
@@ -17,7 +18,17 @@ from read_jax.data.packing import Batch, Packer
 from read_jax.data.pipeline import EvaluationLoader
 from read_jax.evaluation.metrics import MaskCounts, SegmentationMetrics
 from read_jax.images.drawing import draw_comparison, draw_similarity
-from read_jax.training.objective import LossWeights, count, forward, map_pictures, objective, picture_masks
+from read_jax.sharding import on_mesh
+from read_jax.training.objective import (
+    LossWeights,
+    count,
+    first_tokens,
+    forward,
+    map_pictures,
+    objective,
+    picture_masks,
+    targets_of,
+)
 
 Array = jax.Array
 
@@ -26,7 +37,8 @@ class Scored(NamedTuple):
     """A batch's answers.
 
     counts: int32 [B, Q] each, as in `MaskCounts`; masks: bool [B, Q, Hm, Wm], on the canvas; points:
-    [B, Q, P, 2], in original pixels; labels: [B, Q, P]; similarity: [B, Q, N]; ce: the loss of the texts.
+    [B, Q, P, 2], in original pixels; labels: [B, Q, P]; similarity: [B, Q, N]; ce: the loss of the texts;
+    begun: int32 [B], answers whose first token is the model's own choice.
     """
 
     counts: tuple[Array, ...]
@@ -35,6 +47,7 @@ class Scored(NamedTuple):
     labels: Array
     similarity: Array
     ce: Array
+    begun: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Validator:
         packer: of the training, whose shapes it uses.
         graphdef: of the model, as `split_model` gives it.
         batch: pictures at a time, a multiple of abreast.
-        sharding: of the batches.
+        sharding: of the batches, on the mesh of the parameters.
         abreast: devices that share a batch.
         pictures: so many of the first pictures are drawn.
     """
@@ -83,7 +96,7 @@ class Validator:
         graphdef: Any,
         *,
         batch: int,
-        sharding: Any,
+        sharding: NamedSharding,
         abreast: int = 1,
         limit: int = 0,
         pictures: int = 0,
@@ -111,8 +124,13 @@ class Validator:
                 points = masks.prediction.points
                 return tuple(sums), found, points.points, points.labels, masks.prediction.similarity
 
-            text_only = LossWeights(1.0, 0.0, 0.0, 0.0)
-            # the mask losses have weight 0 and are never computed: nothing depends on them
+            def begun_rightly(args: tuple[Array, Array]) -> Array:
+                choice = jnp.argmax(model.llama.logits(args[0]), axis=-1)
+                return jnp.sum(choice == args[1], dtype=jnp.int32)  # IGNORE_INDEX is no token
+
+            states, targets = out.states[:, :, :-1], first_tokens(targets_of(batch))
+            begun = map_pictures(begun_rightly, (states, targets), abreast)
+            text_only = LossWeights().without_masks()
             losses = objective(
                 model,
                 batch,
@@ -124,14 +142,19 @@ class Validator:
                 abreast=abreast,
             )
             counts, masks, points, labels, similarity = map_pictures(of_picture, parts, abreast)
-            return Scored(counts, masks, points, labels, similarity, losses.ce)
+            return Scored(counts, masks, points, labels, similarity, losses.ce, begun)
 
-        self._score = jax.jit(score)
+        self._score = jax.jit(on_mesh(score, sharding.mesh))
 
     def __call__(self, params: Any, frozen: Any) -> tuple[dict[str, float], list[Picture]]:
-        """(scores, pictures): gIoU, cIoU, the loss of the answers' texts, and how many masks were scored."""
+        """(scores, pictures).
+
+        Scores are gIoU and cIoU, the loss of the answers' texts ("ce"), the share of answers that the model
+        would begin as given, so whether it affirms or denies ("first_token_accuracy"), and how many masks
+        were scored.
+        """
         metrics = SegmentationMetrics()
-        texts, tokens, pictures = 0.0, 0, []
+        texts, tokens, begun, answers, pictures = 0.0, 0, 0, 0, []
         self._loader.restore(self._start)
         for host in self._loader:
             arrays = host.arrays
@@ -140,14 +163,17 @@ class Validator:
             numbers = MaskCounts(*(np.asarray(x) for x in scored.counts))
             for b in np.flatnonzero(kept.any(axis=1)):
                 metrics.update_counts(MaskCounts(*(x[b][kept[b]] for x in numbers)))
-            supervised = int(count(arrays).tokens)
+            counts = count(arrays)
+            supervised = int(counts.tokens)
+            begun, answers = begun + int(np.sum(scored.begun)), answers + int(counts.answers)
             texts, tokens = texts + float(scored.ce) * supervised, tokens + supervised
             for b, key in enumerate(host.keys):
                 if key in self._drawn and kept[b].any():
                     pictures.append(self._draw(key, b, int(np.argmax(kept[b])), arrays, scored))
         result = metrics.result()
         scores = {name: float(result[name]) for name in ("giou", "ciou") if result[name] is not None}
-        return scores | {"ce": texts / max(tokens, 1), "masks": result["masks"]}, pictures
+        scores |= {"ce": texts / max(tokens, 1), "first_token_accuracy": begun / max(answers, 1)}
+        return scores | {"masks": result["masks"]}, pictures
 
     def close(self) -> None:
         """Stop what prepares batches."""

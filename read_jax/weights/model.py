@@ -39,7 +39,7 @@ def load_model(
         dtype: "float32" or "bfloat16" to compute and keep parameters in; None: as stored.
         config: used instead of the folder's: the same parameters, other point settings.
         float32: whether the parameter at a dotted path is kept in float32, whatever is computed in.
-        shardings: as for `load_params`.
+        shardings: as for `load_params`; every array goes straight into its shards.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or corrupt.

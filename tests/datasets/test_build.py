@@ -137,7 +137,8 @@ def test_tensorflow_is_not_imported(sources, tmp_path):
         "import sys; from read_jax.data import load_source, build\n"
         f"print(len(load_source('refcoco|val', {str(tmp_path)!r})[0].image), 'tensorflow' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.split() == ["30", "False"]
     assert "tensorflow" not in sys.modules
 
@@ -274,7 +275,8 @@ def test_a_killed_build_looks_like_none_and_is_reported(sources, tmp_path):
         "t.build('refcoco|val', folder,"
         " progress=lambda done, *_: done == 3 and os.kill(os.getpid(), signal.SIGKILL))"
     )
-    done = subprocess.run([sys.executable, "-c", kill, str(tmp_path)], cwd=Path(__file__).parents[2])
+    command = [sys.executable, "-c", kill, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], timeout=300)
     assert done.returncode == -signal.SIGKILL
     assert records.find("refcoco", "val", tmp_path, None) is None and records.built(tmp_path) == []
     report = build("refcoco|val", tmp_path)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,10 +273,14 @@ def running(tmp_path) -> Iterator[subprocess.Popen[str]]:
         text=True,
         start_new_session=True,
     )
+    patience = threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))  # ends the wait for a line
+    patience.start()
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        patience.cancel()
         yield process
     finally:
+        patience.cancel()
         if group_alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
 

@@ -38,6 +38,7 @@ def dataset(request, fixtures, tmp_path_factory):
         [sys.executable, generator, "--seed", str(request.param), "--out", folder],
         check=True,
         capture_output=True,
+        timeout=600,
     )
     return folder
 

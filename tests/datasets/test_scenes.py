@@ -140,6 +140,7 @@ def test_the_same_index_gives_the_same_bytes_in_another_process():
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONHASHSEED": "77"},
+        timeout=300,
     )
     assert out.stdout.strip() == digest("scenes|test", 6), out.stderr
 

@@ -26,7 +26,7 @@ def tree(request, fixtures, tmp_path_factory):
     """The generator's sets for one more seed."""
     root = tmp_path_factory.mktemp("seed") / str(request.param)
     command = [sys.executable, fixtures / "make_fixture.py", "--seed", str(request.param), "--out", root]
-    subprocess.run(list(map(str, command)), check=True)
+    subprocess.run(list(map(str, command)), check=True, timeout=600)
     return root
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 from read_jax.images.masks import mask_to_rle
 from read_jax.weights import convert
-from tests.inference.conftest import compilation_cache, picture  # noqa: F401, a fixture
+from tests.inference.conftest import picture
 
 DATA = Path(__file__).parent.parent / "data"
 
 
 @pytest.fixture(scope="session")
-def tiny_model(compilation_cache, tmp_path_factory) -> Path:  # noqa: F811
+def tiny_model(tmp_path_factory) -> Path:
     """A model folder of tests/data/tiny-read, in float32."""
     folder = tmp_path_factory.mktemp("model") / "tiny-read"
     convert(DATA / "tiny-read", DATA / "tiny-clip", folder, sasp="7b", dtype="float32")

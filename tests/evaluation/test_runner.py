@@ -295,6 +295,10 @@ evaluate(*sys.argv[1:3], None, sys.argv[3], mode="generate", max_new_tokens=8)
 """
 
 
+PATIENCE = 400
+"""Seconds that one evaluation may take on a busy machine."""
+
+
 def kill_and_resume(start, folder, pictures, points, seed):
     """Kill an evaluation at random points; returns the bytes of its summary and of an undisturbed one's.
 
@@ -310,14 +314,18 @@ def kill_and_resume(start, folder, pictures, points, seed):
     for left in range(points, 0, -1):
         process = subprocess.Popen(start(output))
         wanted = written() + rng.randint(0, max(1, (pictures - written()) // left))
-        while process.poll() is None and written() < wanted:
-            time.sleep(0.01)
-        time.sleep(rng.random() / 20)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while process.poll() is None and written() < wanted:
+                assert time.monotonic() < deadline, f"{written()} of {wanted} answers after {PATIENCE} s"
+                time.sleep(0.01)
+            time.sleep(rng.random() / 20)
+        finally:
+            process.kill()
+        assert process.wait(timeout=60) == -signal.SIGKILL
     assert not (output / "summary.json").exists()
     for name in ("killed", "whole"):
-        subprocess.run(start(folder / name), check=True)
+        subprocess.run(start(folder / name), check=True, timeout=PATIENCE)
     return [(folder / name / "summary.json").read_bytes() for name in ("killed", "whole")]
 
 

@@ -107,7 +107,7 @@ def test_the_committed_model_on_a_dataset_of_ones_own(tiny_model, tiny_segmenter
 
 
 @pytest.fixture(scope="module")
-def recorded_model(goldens, compilation_cache, tmp_path_factory):
+def recorded_model(goldens, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny-a"
     tiny = goldens / "tiny-a"
     convert(tiny / "checkpoint", tiny / "clip", folder, sasp="7b")

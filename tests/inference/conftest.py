@@ -14,14 +14,11 @@ After llava_llama_2's prompt, which ends in "]", the very first token of the ans
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
-from jax.experimental.compilation_cache import compilation_cache as compilation_cache_of_jax
 from safetensors.torch import load_file, save_file
 
 import read_jax
@@ -89,27 +86,7 @@ def scripted_sources(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory) -> Iterator[None]:
-    """What one segmenter compiles, the next of the same sizes finds, child processes included."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
-        compilation_cache_of_jax.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache_of_jax.reset_cache()
-
-
-@pytest.fixture(scope="session")
-def model_folder(scripted_sources, compilation_cache, tmp_path_factory) -> Path:
+def model_folder(scripted_sources, tmp_path_factory) -> Path:
     """The scripted model, converted."""
     folder = tmp_path_factory.mktemp("model") / "scripted"
     convert(*scripted_sources, folder, sasp="7b")

@@ -156,7 +156,7 @@ class Models:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
-def models(request, compilation_cache, tmp_path_factory) -> Models:
+def models(request, tmp_path_factory) -> Models:
     case: Case = request.param
     folder: Path = tmp_path_factory.mktemp(case.name)
     sizes, options, clip_options = draw_sizes(case)

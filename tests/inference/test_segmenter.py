@@ -15,6 +15,7 @@ from read_jax.errors import CheckpointError, ConfigError, ImageError, PromptErro
 from tests.inference.conftest import SIZES, picture
 from tests.models.parameters import assert_close
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 NONE, ONE, TWO = "find apples", "find 1 apple", "find 2 apples"
 LIMIT = 8
 TRACE_NAMES = {
@@ -309,5 +310,6 @@ def test_inference_imports_neither_torch_nor_tensorflow(model_folder):
         "unwanted = [m for m in ('torch', 'tensorflow', 'transformers') if m in sys.modules]\n"
         "print(json.dumps([r.text, unwanted]))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert json.loads(out.stdout.splitlines()[-1]) == ["a [SEG]", []]

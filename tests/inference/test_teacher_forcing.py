@@ -10,6 +10,7 @@ from read_jax.errors import PromptError
 from tests.inference.conftest import picture
 from tests.models.parameters import assert_close
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ASK = "What is the apple in this image?"
 ONE, TWO, NONE = "Sure, the segmentation result is [SEG].", "a [SEG] and [SEG] .", "There is no apple."
 

@@ -18,6 +18,7 @@ from read_jax.data.packing import Limits, Packer
 from read_jax.images.masks import CompactMask
 from read_jax.text.tokenizer import Tokenizer
 from read_jax.training.lora import LoraConfig, add_adapters
+from read_jax.training.losses import token_cross_entropy
 from read_jax.training.objective import LossWeights
 from read_jax.training.optimizer import OptimizerConfig, make_optimizer
 from read_jax.training.step import StepConfig, make_gradients, split_model
@@ -147,28 +148,33 @@ def test_every_first_gradient_has_the_originals_norm(first_gradients, recorded):
             assert abs(np.linalg.norm(value) - norms[name]) <= tolerance(name, info), name
 
 
-FURTHER = (
-    "base_model.model.model.embed_tokens.weight",
-    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight",
-)
-"""Gradients that are further from the record than the tolerance, up to 1.7 times; not explained yet."""
-
-
 def test_every_recorded_first_gradient_is_the_originals(first_gradients, recorded):
     info, arrays = recorded
     names = {key.removeprefix("grad0/") for key in arrays if key.startswith("grad0/")}
     assert names <= set(first_gradients)
-    for name in names - set(FURTHER):
+    for name in names:
         difference = np.linalg.norm(first_gradients[name] - arrays[f"grad0/{name}"])
         assert difference <= tolerance(name, info), (name, difference / tolerance(name, info))
 
 
-@pytest.mark.xfail(reason="further from the record than the tolerance; the reason is not known yet")
-@pytest.mark.parametrize("name", FURTHER)
-def test_these_first_gradients_are_the_originals_too(name, first_gradients, recorded):
-    info, arrays = recorded
-    difference = np.linalg.norm(first_gradients[name] - arrays[f"grad0/{name}"])
-    assert difference <= tolerance(name, info)
+def test_a_certain_tokens_gradient_is_rounded_as_the_originals():
+    if jax.default_backend() != "cpu":
+        pytest.skip("only a CPU adds in PyTorch's order")
+    # eight running sums: 1 swallows the 100 terms of 3e-8 that follow it in its lane, the others' add up
+    logits = jnp.full((8 * 101,), np.log(3e-8)).at[0].set(0.0)
+    gradient = jax.jit(jax.grad(lambda x: token_cross_entropy(x[None], jnp.zeros(1, int))[0]))(logits)
+    assert gradient[0] == pytest.approx(-7 * 101 * 3e-8, abs=1.2e-7)  # exact: -807 * 3e-8, 25 roundings off
+
+
+@pytest.mark.parametrize("vocabulary", [3, 8, 11, 803])
+def test_the_gradient_of_the_cross_entropy_is_softmax_less_the_target(vocabulary):
+    rng = np.random.default_rng(vocabulary)
+    logits = rng.normal(0, 3, (6, vocabulary)).astype(np.float32)
+    targets = rng.integers(0, vocabulary, 6)
+    gradient = jax.grad(lambda x: token_cross_entropy(x, jnp.asarray(targets))[0])(jnp.asarray(logits))
+    odds = np.exp(logits.astype(np.float64))
+    wanted = odds / odds.sum(axis=-1, keepdims=True) - np.eye(vocabulary)[targets]
+    np.testing.assert_allclose(gradient, wanted, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

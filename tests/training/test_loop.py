@@ -107,7 +107,7 @@ def toy(monkeypatch):
             run = Run(
                 model_config=ReadConfig.from_dict(SCRATCH),
                 frozen={},
-                step=step,
+                step=lambda updates: step,
                 loader=loader,
                 sharding=SHARDING,
                 validator=Scores(scores) if scores else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +18,16 @@ from read_jax.training.losses import mask_losses, mean_over_masks, token_cross_e
 KINDS = {"bce": "sigmoid_ce", "dice": "dice", "focal": "focal"}
 
 
+@functools.partial(jax.jit, static_argnums=0)  # operation by operation, every one is compiled for every size
+@functools.partial(jax.value_and_grad, argnums=1)
 def batch_loss(kind, logits, targets, number):
     valid = jnp.ones(logits.shape, bool)
     values = getattr(mask_losses(logits, targets, valid), kind)
     return mean_over_masks(values, jnp.ones(values.shape, bool), number)
+
+
+compiled_losses = jax.jit(mask_losses)
+gradient_of_all = jax.jit(jax.grad(lambda *args: sum(jnp.sum(value) for value in mask_losses(*args))))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -29,7 +37,7 @@ def test_values_and_gradients_are_the_originals(kind, goldens):
         name = f"c{case:02d}_"
         logits, targets = data[name + "logits"], data[name + "targets"]
         number = data[name + "num_masks"]
-        value, gradient = jax.value_and_grad(batch_loss, argnums=1)(kind, logits, targets, number)
+        value, gradient = batch_loss(kind, logits, targets, number)
         np.testing.assert_allclose(value, data[name + KINDS[kind]], rtol=1e-5, atol=1e-7)
         wanted = data[f"{name}{KINDS[kind]}_grad"]
         np.testing.assert_allclose(
@@ -46,17 +54,17 @@ def random_masks(seed, rows, height, width):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 3), st.integers(0, 3))
-def test_padding_changes_no_loss_and_gets_no_gradient(seed, below, right):
+def test_padding_changes_no_loss_and_gets_no_gradient(seed, above, left):
     logits, targets = random_masks(seed, 2, 4, 5)
-    pad = ((0, 0), (0, below), (0, right))
-    padded = jnp.pad(logits, pad, constant_values=7.0)
-    valid = jnp.pad(jnp.ones(logits.shape, bool), pad)
-    extra = jnp.pad(targets, pad, constant_values=1)
-    plain = mask_losses(logits, targets, jnp.ones(logits.shape, bool))
-    for value, other in zip(plain, mask_losses(padded, extra, valid), strict=True):
+    canvas, extra = random_masks(seed + 1, 2, 7, 8)  # one size for all examples: compiled once
+    valid = np.zeros(canvas.shape, bool)
+    place = (slice(None), slice(above, above + 4), slice(left, left + 5))
+    canvas[place], extra[place], valid[place] = logits, targets, True
+    plain = compiled_losses(logits, targets, np.ones(logits.shape, bool))
+    for value, other in zip(plain, compiled_losses(canvas, extra, valid), strict=True):
         np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-7)
-    gradient = jax.grad(lambda x: sum(jnp.sum(v) for v in mask_losses(x, extra, valid)))(padded)
-    assert np.all(np.asarray(gradient)[~np.asarray(valid)] == 0)
+    gradient = np.asarray(gradient_of_all(canvas, extra, valid))
+    assert np.all(gradient[~valid] == 0) and np.all(gradient[valid] != 0)
 
 
 def test_a_row_that_does_not_count_changes_nothing():
@@ -68,9 +76,7 @@ def test_a_row_that_does_not_count_changes_nothing():
 def test_extreme_logits_give_finite_losses_and_gradients():
     logits = jnp.array([[[1e4, -1e4], [60.0, -60.0]]])
     for targets in (jnp.zeros((1, 2, 2)), jnp.ones((1, 2, 2))):
-        gradient = jax.grad(
-            lambda x, t=targets: sum(jnp.sum(v) for v in mask_losses(x, t, jnp.ones(x.shape, bool)))
-        )(logits)
+        gradient = gradient_of_all(logits, targets, jnp.ones(logits.shape, bool))
         assert np.isfinite(np.asarray(gradient)).all()
 
 
@@ -79,7 +85,7 @@ def test_cross_entropy_is_torchs_over_the_counted_tokens():
     logits = rng.normal(0, 3, (2, 5, 11)).astype(np.float32)
     targets = rng.integers(0, 11, (2, 5))
     targets[0, :3] = IGNORE_INDEX
-    total, count = token_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    total, count = jax.jit(token_cross_entropy)(logits, targets)
     wanted = torch.nn.functional.cross_entropy(
         torch.tensor(logits).flatten(0, 1), torch.tensor(targets).flatten(), ignore_index=IGNORE_INDEX
     )

@@ -18,6 +18,7 @@ from read_jax.training.step import StepConfig, init_state, make_gradients, make_
 from read_jax.weights.model import load_model
 from tests.training.tiny import packer_of, scenes_batch, separate, write_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 WEIGHTS = LossWeights(focal=0.3)
 
 
@@ -162,13 +163,14 @@ def test_pictures_of_other_sizes_need_no_other_program(tiny, four, stepper):
     assert step(step(state, frozen)[0], frozen, other)[1]["applied"] == 1
 
 
-def test_the_average_follows_the_parameters(stepper):
+@pytest.mark.parametrize(("updates", "decay"), [(0, 0.1), (5, 0.4), (1000, 0.75)])
+def test_the_average_follows_the_parameters(stepper, updates, decay):
     step, state, frozen = stepper
-    after, metrics = step(state, frozen)
+    after, metrics = step(state._replace(step=jax.device_put(jnp.int32(updates), jax.devices()[0])), frozen)
     assert metrics["applied"] == 1
     assert not same(after.params, state.params)
     for old, new, average in zip(*map(jax.tree.leaves, (state.params, after.params, after.ema)), strict=True):
-        np.testing.assert_allclose(average, 0.75 * old + 0.25 * new, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(average, decay * old + (1 - decay) * new, rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_dropped_depends_on_the_step_alone(stepper):

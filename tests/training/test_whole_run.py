@@ -26,7 +26,7 @@ from read_jax.weights.store import read_slice
 from tests.training.tiny import write_model
 from tests.training.tiny_run import TIMES, lines
 
-pytestmark = pytest.mark.slow  # minutes of compilation
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 LORA = LoraConfig(rank=2, alpha=6.0, dropout=0.1)
 
@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "prepare", prepare)
         outcome = train(config, folder / "run")
-    assert runs[0][0].step._cache_size() == 1  # pictures of all sizes, one program
+    assert runs[0][0].step(0)._cache_size() == 1  # pictures of all sizes, one program
     return start, folder / "run", outcome
 
 

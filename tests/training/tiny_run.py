@@ -6,10 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from read_jax.training.checkpoint import read_meta
 from read_jax.training.logs import EXAMPLES, METRICS
+
+PATIENCE = 400
+"""Seconds that a run may take on a busy machine."""
 
 RECIPE = """
 from ml_collections import ConfigDict
@@ -18,7 +23,7 @@ from read_jax.training.config import default_config
 def get_config():
     config = default_config()
     config.start.scratch = ConfigDict({scratch!r})
-    config.start.vocabulary = 500
+    config.start.vocabulary = 600
     config.data.rates = {{"scenes|train": 1.0}}
     config.data.global_batch = 8
     config.data.questions = 2
@@ -72,31 +77,68 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
-def start(recipe: Path, workdir: Path, cache: Path, *changes: str, devices: int = 1) -> subprocess.Popen:
-    """`read-jax train` in a process of its own. cache: compiled programs, shared by the runs of a test."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "read_jax.cli",
-        "train",
-        "--config",
-        str(recipe),
-        "--workdir",
-        str(workdir),
-    ]
-    return subprocess.Popen(
-        [*command, *(f"--config.{change}" for change in changes)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Process:
+    """`read-jax train` in a process of its own, that nobody has to wait for: it never outlives `stop`.
+
+    What it says goes to a file: nothing reads while a test waits, and a full pipe would halt it.
+
+    Args:
+        recipe: of the run; changes: "key=value" of it.
+        workdir: of the run.
+        cache: folder of compiled programs, shared by the runs of a test.
+        devices: simulated ones.
+    """
+
+    def __init__(self, recipe: Path, workdir: Path, cache: Path, *changes: str, devices: int = 1) -> None:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes longer than running here
+            "XLA_FLAGS": (
+                f"--xla_force_host_platform_device_count={devices}"
+                # devices wait for each other; on a busy machine longer than XLA expects
+                f" --xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE}"
+            ),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        command = [sys.executable, "-m", "read_jax.cli", "train", "--config", str(recipe)]
+        command += ["--workdir", str(workdir), *(f"--config.{change}" for change in changes)]
+        self._words = workdir.with_name(f"{workdir.name}.stderr")
+        with open(self._words, "w") as words:
+            self._process = subprocess.Popen(command, env=environment, stderr=words)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds, which it does before the run ends."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self._process.poll() is None, self.said()
+            assert time.monotonic() < deadline, f"still not, after {PATIENCE} s: {self.said()}"
+            time.sleep(0.001)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self._process.kill()
+        self._process.wait(timeout=PATIENCE)
+
+    def terminate(self) -> int:
+        """The exit status, after SIGTERM."""
+        self._process.terminate()
+        return self._process.wait(timeout=PATIENCE)
+
+    def finish(self) -> None:
+        """To its end, which must be a good one."""
+        assert self._process.wait(timeout=PATIENCE) == 0, self.said()
+
+    def said(self) -> str:
+        """Its standard error."""
+        return self._words.read_text()
+
+    def stop(self) -> None:
+        """End it if it still runs."""
+        if self._process.poll() is None:
+            self.kill()
 
 
 def lines(path: Path) -> list[dict]:

@@ -129,7 +129,7 @@ def measure(source: Path, clip: Path, output: Path, sasp: str = "7b") -> dict:
 def copy_seconds(source: Path, target: Path) -> float:
     """How long `cp -r` takes for the same bytes."""
     start = time.monotonic()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True, timeout=3600)
     return time.monotonic() - start
 
 

@@ -119,7 +119,7 @@ def test_a_real_full_disk_is_reported_and_cleaned(sources, tmp_path, monkeypatch
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(small)]
-    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, timeout=60).returncode:
         pytest.skip("mounting a small tmpfs needs privileges that this user lacks")
     try:
         with pytest.raises(CheckpointError, match="not enough space"):
@@ -131,7 +131,7 @@ def test_a_real_full_disk_is_reported_and_cleaned(sources, tmp_path, monkeypatch
             convert(*sources, small / "out", sasp="off")
         assert list(small.iterdir()) == []
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", str(small)], check=True, timeout=60)
 
 
 def test_too_small_a_disk_is_refused_before_any_work(sources, tmp_path, monkeypatch):

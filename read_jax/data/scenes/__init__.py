@@ -74,6 +74,10 @@ class Drawing:
         """uint8 [h, w, 3] RGB."""
         return self._pixels[0].copy()
 
+    def labels(self) -> np.ndarray:
+        """uint8 [h, w]: which of the scene's things every pixel shows, as `drawing` numbers them."""
+        return self._pixels[1].copy()
+
     def mask(self, index: int) -> CompactMask:
         """The visible pixels of all that question `index` asks for (`drawing` says which those are)."""
         return CompactMask.encode(np.isin(self._pixels[1], self.questions[index].things))

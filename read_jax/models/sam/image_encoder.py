@@ -21,6 +21,7 @@ from read_jax.config import SAM_MEAN, SAM_STD, SamConfig
 from read_jax.errors import ConfigError
 from read_jax.models.attention import attention
 from read_jax.models.layers import DType, gather_layer, gelu, layer_norm, linear, patchify, stack_layers
+from read_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -216,7 +217,11 @@ class ImageEncoder(nnx.Module):
                 stack = self.global_blocks if is_global else self.window_blocks
                 assert stack is not None
                 indices = done[is_global] + jnp.arange(length)
-                x, _ = jax.lax.scan(lambda x, i, stack=stack: (gather_layer(stack, i)(x), None), x, indices)
+
+                def block(x: Array, i: Array, stack: EncoderBlock = stack) -> tuple[Array, None]:
+                    return gather_layer(stack, i)(constrain(x, "batch")), None
+
+                x, _ = jax.lax.scan(block, x, indices)
                 done[is_global] += length
             return x, None
 

@@ -1,0 +1,201 @@
+"""New models: their words, their first values, and the lessons of their vision tower."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from read_jax.config import ClipVisionConfig
+from read_jax.data.mixture import load_mixture
+from read_jax.data.prompts import SHORT_TEMPLATES
+from read_jax.data.scenes import Scenes
+from read_jax.data.scenes.wording import VOCABULARY
+from read_jax.errors import ConfigError
+from read_jax.models.clip import ClipVision
+from read_jax.text.conversation import render
+from read_jax.text.targets import mask_targets
+from read_jax.training import teaching
+from read_jax.training.config import StartConfig, TeachingConfig
+from read_jax.training.initial import mimetic_attention, position_codes, whiten_patches
+from read_jax.training.scratch import fixed_texts, make_tokenizer, texts
+from read_jax.training.teaching import CLASSES, make_lesson, teach_vision
+
+VISION = ClipVisionConfig(
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    image_size=48,
+    patch_size=12,
+    select_layer=-1,
+)
+SCENES = Scenes(seed=5, length=None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    mixture = load_mixture({"scenes|train": 1.0}, templates=SHORT_TEMPLATES)
+    return make_tokenizer(texts(mixture), 720, fixed_texts("llava_v1"))
+
+
+def test_every_word_of_the_scenes_is_one_token(tokenizer):
+    broken = [w for w in VOCABULARY if len(tokenizer.encode(w, bos=False)) > 1]
+    # these only begin sentences, with a capital
+    assert set(broken) <= {"find", "show", "what", "where", "which"}
+    capitals = [w.capitalize() for w in broken]
+    assert all(len(tokenizer.encode(w, bos=False)) == 1 for w in capitals)
+
+
+@pytest.mark.parametrize("text", fixed_texts("llava_v1"))
+def test_what_always_stands_around_a_question_is_one_token(tokenizer, text):
+    assert len(tokenizer.encode(text, bos=False)) == 1
+
+
+@pytest.mark.parametrize("text", ["Zebra, 42 quizzes & more!", "the reddest bluebird", "naïve 猫"])
+def test_other_texts_come_back_from_their_pieces(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
+
+
+def test_targets_are_the_answer_alone(tokenizer):
+    text = render([("<image>\nthe red ball", "Sure, the segmentation result is [SEG].")], "llava_v1", True)
+    ids = tokenizer.encode(text)
+    kept = [i for i in mask_targets(ids, text, "llava_v1", tokenizer, 1 << 30) if i >= 0]
+    assert tokenizer.decode(kept).startswith("Sure, the segmentation result is")
+    assert tokenizer.seg_id in kept
+
+
+def test_a_vocabulary_too_small_for_the_letters_is_said():
+    with pytest.raises(ConfigError, match="no tokenizer of 301 pieces"):
+        make_tokenizer(["some words"], 301)
+
+
+def test_no_two_places_have_the_same_position_code():
+    codes = position_codes(10, 128).reshape(100, -1)
+    distances = np.linalg.norm(codes[:, None] - codes[None], axis=-1) + 100 * np.eye(100)
+    assert distances.min() > 1 and np.abs(codes).max() <= 1
+
+
+def test_whitened_patches_have_no_mean_and_equal_variances():
+    pictures = np.stack([make_lesson(SCENES, i, VISION).pixels for i in range(40)])
+    clip = ClipVision(VISION, rngs=nnx.Rngs(0))
+    clip.position_embed[...] = np.zeros_like(clip.position_embed[...])
+    whiten_patches(clip, pictures, floor=1e-9)
+    from read_jax.models.clip import normalize_clip
+    from read_jax.models.layers import patchify
+
+    patches = np.asarray(patchify(normalize_clip(pictures), 12)).reshape(-1, 3 * 12**2)
+    out = patches @ np.asarray(clip.patch_embed.kernel[...]) + np.asarray(clip.position_embed[...])[1]
+    np.testing.assert_allclose(out.mean(axis=0), 0, atol=1e-2)
+    np.testing.assert_allclose(np.cov(out, rowvar=False), np.eye(16), atol=5e-2)
+
+
+def test_mimetic_attention_looks_at_like_tokens():
+    clip = ClipVision(VISION, rngs=nnx.Rngs(0))
+    mimetic_attention(clip)
+    q, k = (np.asarray(getattr(clip.layers.attn, name).kernel[...])[0] for name in ("q_proj", "k_proj"))
+    x = np.random.default_rng(0).normal(size=(200, 16))
+    scores = (x @ q) @ (x @ k).T
+    assert np.mean(np.diag(scores)) > 3 * np.mean(np.abs(scores - np.diag(np.diag(scores))))
+
+
+def test_a_lesson_names_what_lies_in_each_cell():
+    for index in range(20):
+        lesson, drawing = make_lesson(SCENES, index, VISION), SCENES.drawing(index)
+        labels, things = drawing.labels(), drawing.scene.things
+        height, width = labels.shape
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        for cell, classes in enumerate(lesson.classes):
+            row, column = divmod(cell, VISION.grid_size)
+            y, x = ((np.array([row, column]) + 0.5) * side / VISION.grid_size).astype(int)
+            thing = labels[top + y, left + x]
+            if classes[-1] == 0:
+                assert thing == 255 and (classes[:-1] == -1).all()
+            named = {
+                tuple(
+                    CLASSES[kind].index(getattr(t, kind)) for kind in ("shape", "colour", "size", "pattern")
+                )
+                for t in things
+            }
+            assert classes[-1] != 1 or tuple(classes[:-1]) in named
+
+
+def test_a_lesson_points_to_the_centre():
+    lesson, thing = next(
+        (make_lesson(SCENES, i, VISION), SCENES.drawing(i).scene.things[0])
+        for i in range(100)
+        if len(SCENES.drawing(i).scene.things) == 2
+    )
+    drawing = next(d for d in map(SCENES.drawing, range(100)) if len(d.scene.things) == 2)
+    height, width = drawing.labels().shape
+    side = min(height, width)
+    there = [CLASSES["shape"].index(thing.shape), CLASSES["colour"].index(thing.colour)]
+    cells = np.flatnonzero((lesson.classes[:, :2] == there).all(axis=1))
+    assert len(cells)
+    for cell in cells:
+        row, column = divmod(int(cell), VISION.grid_size)
+        x = (column + 0.5) / VISION.grid_size + lesson.centres[cell, 0] / 4
+        y = (row + 0.5) / VISION.grid_size + lesson.centres[cell, 1] / 4
+        assert x * side + (width - side) // 2 == pytest.approx(thing.x / 64, abs=0.1)
+        assert y * side + (height - side) // 2 == pytest.approx(thing.y / 64, abs=0.1)
+
+
+LESSONS = TeachingConfig(updates=12, batch=4, warmup_updates=2)
+
+
+def tower() -> ClipVision:
+    return ClipVision(VISION, rngs=nnx.Rngs(0))
+
+
+def leaves(clip: ClipVision) -> list[np.ndarray]:
+    return [np.asarray(leaf[...]) for _, leaf in nnx.to_flat_state(nnx.state(clip))]
+
+
+def test_lessons_that_were_interrupted_end_with_the_same_tower(tmp_path, monkeypatch):
+    monkeypatch.setattr(teaching, "_EVERY", 5)
+    whole, parts = tower(), tower()
+    teach_vision(whole, LESSONS, tmp_path / "whole.npz")
+    real, calls = teaching._save, []
+
+    def killed(path, step, state, settings):
+        real(path, step, state, settings)
+        calls.append(step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teaching, "_save", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            teach_vision(parts, LESSONS, tmp_path / "parts.npz")
+    monkeypatch.setattr(teaching, "_save", real)
+    teach_vision(parts, LESSONS, tmp_path / "parts.npz")
+    assert calls == [5, 10]
+    for ours, theirs in zip(leaves(parts), leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"no"]
+)
+def test_a_damaged_file_of_lessons_begins_them_anew(tmp_path, capsys, damage):
+    file = tmp_path / "lessons.npz"
+    teach_vision(tower(), LESSONS, file)
+    file.write_bytes(damage(file.read_bytes()))
+    anew = tower()
+    teach_vision(anew, LESSONS, file)
+    assert "begin anew" in capsys.readouterr().err
+    assert not np.array_equal(leaves(anew)[0], leaves(tower())[0])
+
+
+def test_lessons_of_another_tower_are_not_taken(tmp_path, capsys):
+    teach_vision(tower(), LESSONS, tmp_path / "lessons.npz")
+    larger = dataclasses.replace(VISION, hidden_size=32)
+    teach_vision(ClipVision(larger, rngs=nnx.Rngs(0)), LESSONS, tmp_path / "lessons.npz")
+    assert "of other lessons" in capsys.readouterr().err
+
+
+def test_teaching_is_for_new_models():
+    with pytest.raises(ConfigError, match="for new models"):
+        StartConfig(model="somewhere", teaching=TeachingConfig())
