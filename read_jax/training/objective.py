@@ -185,19 +185,21 @@ def objective(
         weights: of the losses.
         features: of the pictures, when they are known already.
         dropout_key: for the adapters' dropout; None drops nothing.
-        remat: recompute the language model's activations in the backward pass; see `scan_layers`.
+        remat: recompute the language model's activations in the backward pass, see `scan_layers`; unless it
+            is False, also those of every picture's logits and masks.
         abreast: see `map_pictures`.
     """
     out = forward(
         model, batch, prefix_ids, image_start, features=features, dropout_key=dropout_key, remat=remat
     )
+    targets, turns = targets_of(batch), _Turns(abreast, remat is not False)
     bce = dice = focal = similarity = first_token = jnp.float32(0)
-    ce = _text_loss_sum(model, out.states, targets_of(batch), abreast) / jnp.maximum(counts.tokens, 1.0)
+    ce = _text_loss_sum(model, out.states, targets, turns) / jnp.maximum(counts.tokens, 1.0)
     if weights.first_token:
-        targets = first_tokens(targets_of(batch))
-        first_token = _text_loss_sum(model, out.states, targets, abreast) / jnp.maximum(counts.answers, 1.0)
+        sums = _text_loss_sum(model, out.states, first_tokens(targets), turns)
+        first_token = sums / jnp.maximum(counts.answers, 1.0)
     if weights.of_masks:
-        masks = _mask_loss_sums(model, out, batch, image_start, abreast)
+        masks = _mask_loss_sums(model, out, batch, image_start, turns)
         bce, dice, focal = (value / (counts.masks + COUNT_EPS) for value in masks)
     if weights.similarity:
         similarity = _similarity_loss_sum(model, out, batch, image_start) / (counts.masks + COUNT_EPS)
@@ -209,13 +211,14 @@ def objective(
     return Losses(jnp.sum(jnp.stack(parts)), *parts)
 
 
-def map_pictures(function: Callable[[Any], Any], xs: Any, abreast: int = 1) -> Any:
+def map_pictures(function: Callable[[Any], Any], xs: Any, abreast: int = 1, recompute: bool = True) -> Any:
     """`function` of every picture (pytree with a leading [B]), `abreast` of them at a time.
 
     Those at a time lie B / abreast apart, so that with as many as devices share the batch, every device has
-    one of its own in each turn. What the function keeps for the backward pass is computed again there.
+    one of its own in each turn. recompute: what the function would keep for the backward pass is computed
+    again there.
     """
-    mapped = jax.vmap(jax.checkpoint(function))
+    mapped = jax.vmap(jax.checkpoint(function) if recompute else function)
 
     def deal(x: Any) -> Array:
         x = jnp.reshape(x, (abreast, -1, *jnp.shape(x)[1:])).swapaxes(0, 1)
@@ -272,14 +275,21 @@ def _compared_states(out: Forward, batch: Batch, image_start: int) -> tuple[Arra
     return seg_states, out.prefix.states[:, image_start : image_start + tokens]
 
 
-def _text_loss_sum(model: Read, states: Array, targets: Array, abreast: int) -> Array:
+class _Turns(NamedTuple):
+    """How `map_pictures` takes the pictures."""
+
+    abreast: int
+    recompute: bool
+
+
+def _text_loss_sum(model: Read, states: Array, targets: Array, turns: _Turns) -> Array:
     """Summed cross-entropy of the targets [B, Q, T - 1] of states [B, Q, T, D]."""
 
     def of_picture(args: tuple[Array, Array]) -> Array:
         return token_cross_entropy(model.llama.logits(args[0]), args[1])[0]
 
     # a few pictures' logits at a time: [B, Q, T, V] never exists
-    return jnp.sum(map_pictures(of_picture, (states[:, :, :-1], targets), abreast))
+    return jnp.sum(map_pictures(of_picture, (states[:, :, :-1], targets), *turns))
 
 
 def _similarity_loss_sum(model: Read, out: Forward, batch: Batch, image_start: int) -> Array:
@@ -292,7 +302,7 @@ def _similarity_loss_sum(model: Read, out: Forward, batch: Batch, image_start: i
     return jnp.sum(jnp.where(batch.has_mask & batch.valid[:, None], per_mask, 0.0))
 
 
-def _mask_loss_sums(model: Read, out: Forward, batch: Batch, image_start: int, abreast: int) -> MaskLosses:
+def _mask_loss_sums(model: Read, out: Forward, batch: Batch, image_start: int, turns: _Turns) -> MaskLosses:
     """Sums of the mask losses over the rows that have a mask."""
     masks_of, pictures = picture_masks(model, out, batch, image_start)
 
@@ -300,7 +310,7 @@ def _mask_loss_sums(model: Read, out: Forward, batch: Batch, image_start: int, a
         masks = masks_of(args)
         return mask_losses(masks.logits, args[-1] == 1, masks.valid)
 
-    per_mask = map_pictures(of_picture, pictures, abreast)
+    per_mask = map_pictures(of_picture, pictures, *turns)
     counted = batch.has_mask & batch.valid[:, None]
     # where, not times: a row without a mask may hold anything
     return MaskLosses(*(jnp.sum(jnp.where(counted, value, 0.0)) for value in per_mask))

@@ -10,8 +10,6 @@ import pytest
 from read_jax import cli
 from tests.evaluation.conftest import write_own_dataset
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -21,6 +23,7 @@ from read_jax.training import features
 from read_jax.training.config import DataConfig, StartConfig
 from read_jax.training.config import TrainConfig as Config
 from read_jax.training.features import cache, open_features
+from read_jax.training.flops import clip_forward, sam_encoder_forward, train_step_flops
 from read_jax.training.objective import LossWeights, count, objective, picture_features
 from read_jax.training.optimizer import OptimizerConfig
 from read_jax.training.run import make_mixture, prepare
@@ -344,3 +347,18 @@ def test_the_command_says_the_size_first_and_then_what_there_is(made, tmp_path, 
     first, last, unusable = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{PICTURES} of {PICTURES} pictures") and "at most" in first
     assert "5 pictures" in last and "data.features=" in last and "cannot be used" in unusable
+
+
+def test_without_the_package_it_says_what_to_install(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
+    with pytest.raises(DataError, match=r"pip install 'read-jax\[data\]'"):
+        fill(made[2], tmp_path)
+    with pytest.raises(DataError, match=r"pip install 'read-jax\[data\]'"):
+        opened(using(made[2], made[3]))
+
+
+def test_encoders_that_do_not_run_are_no_work(made):
+    config, lengths = load_record(made[0]).config, np.full((2, 3), 50)
+    of = partial(train_step_flops, config, made[2].trainable, 600, lengths, 4)
+    encoders = clip_forward(config.clip) + sam_encoder_forward(config.sam)
+    assert of() - of(encoders=False) == pytest.approx(2 * encoders)
