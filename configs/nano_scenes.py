@@ -4,7 +4,8 @@ It has every part of the large ones (CLIP, LLaMA, SasP, SAM), none of it pre-tra
 first the vision tower is taught what the scenes show, then the language model learns to answer and to point,
 and from update `masks_from` on SAM learns to outline what is pointed at.
 
-Expected on scenes|test: gIoU and cIoU above 0.80, See accuracy above 0.95 (see docs in the README).
+Expected: no score of a finished run is known yet; the aim on scenes|test is gIoU and cIoU of 0.80, and a See
+accuracy of 0.95.
 """
 
 from ml_collections import ConfigDict

@@ -255,9 +255,7 @@ def _together(parts: list[Batch], shared: bool) -> Batch:
 
 
 def _map_arrays(function: Callable[..., np.ndarray], *trees: Any) -> Any:
-    """The function over the arrays of equal nested named tuples; what is None stays None."""
-    if trees[0] is None:
-        return None
+    """The function over the arrays of equal nested named tuples."""
     if not isinstance(trees[0], tuple):
         return function(*trees)
     return type(trees[0])(*(_map_arrays(function, *fields) for fields in zip(*trees, strict=True)))

@@ -92,7 +92,8 @@ class Batch(NamedTuple):
     mask_size: int32 [B, 2], height and width of the targets in the canvas: the original's unless it had to be
     scaled down. clip_pixels: uint8 [B, 336, 336, 3]. sam_pixels: uint8 [B, 1024, 1024, 3]. geometry: of the
     original picture, every field [B]. valid: bool [B], False for padding. features: what the encoders say of
-    the pictures, where that is known already; then there are no pixels (None).
+    the pictures, where that is known already. Of pixels and features a batch has one; the other is the empty
+    tuple, which whatever goes over a batch's arrays passes by.
     """
 
     question_ids: np.ndarray
@@ -103,11 +104,11 @@ class Batch(NamedTuple):
     exists: np.ndarray
     masks: np.ndarray
     mask_size: np.ndarray
-    clip_pixels: np.ndarray | None
-    sam_pixels: np.ndarray | None
+    clip_pixels: np.ndarray | tuple[()]
+    sam_pixels: np.ndarray | tuple[()]
     geometry: ImageGeometry
     valid: np.ndarray
-    features: PictureFeatures | None = None
+    features: PictureFeatures | tuple[()] = ()
 
 
 class Packer:
@@ -244,19 +245,23 @@ def batch_examples(
         exists=np.zeros((b, q), bool),
         masks=np.zeros((b, q, *limits.mask_canvas), np.uint8),
         mask_size=np.ones((b, 2), np.int32),
-        clip_pixels=None if known else np.zeros((b, clip, clip, 3), np.uint8),
-        sam_pixels=None if known else np.zeros((b, sam, sam, 3), np.uint8),
+        clip_pixels=() if known else np.zeros((b, clip, clip, 3), np.uint8),
+        sam_pixels=() if known else np.zeros((b, sam, sam, 3), np.uint8),
         geometry=stack_geometries([example.geometry if example else blank for example in examples]),
         valid=np.array([example is not None for example in examples]),
-        features=known and PictureFeatures(*(np.zeros((b, *x.shape), x.dtype) for x in known)),
+        features=PictureFeatures(*(np.zeros((b, *x.shape), x.dtype) for x in known)) if known else (),
     )
     for i, example in enumerate(examples):
         if example is None:
             continue
-        if example.features and batch.features:
-            batch.features.clip_features[i], batch.features.image_embedding[i] = example.features
-        elif batch.clip_pixels is not None and batch.sam_pixels is not None:
-            batch.clip_pixels[i], batch.sam_pixels[i] = example.clip_pixels, example.sam_pixels
+        looks = zip(
+            (batch.clip_pixels, batch.sam_pixels, *batch.features),
+            (example.clip_pixels, example.sam_pixels, *(example.features or ())),
+            strict=True,
+        )
+        for stacked, own in looks:
+            if isinstance(stacked, np.ndarray):
+                stacked[i] = own
         size = int(example.geometry.height), int(example.geometry.width)
         batch.mask_size[i] = fitted = fitted_size(size, limits.mask_canvas)
         for j, row in enumerate(example.rows):

@@ -153,7 +153,7 @@ def picture_features(model: Read, batch: Batch) -> ImageFeatures:
     What is brought is before the projector, which may learn.
     """
     known, geometry = batch.features, batch.geometry
-    if known is None:
+    if not known:
         pixels = jnp.asarray(batch.clip_pixels), jnp.asarray(batch.sam_pixels)
         return model.encode_images(*pixels, geometry.sam_height, geometry.sam_width)
     clip_features = jnp.asarray(known.clip_features).astype(model.clip.dtype)

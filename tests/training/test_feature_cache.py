@@ -144,7 +144,7 @@ def test_what_is_kept_is_what_the_model_computes_in_bfloat16(made):
     model, _, config, folder, _ = made
     with loader_of(config) as pixels, loader_of(using(config, folder)) as kept:
         batch, cached = next(pixels).arrays, next(kept).arrays
-    assert cached.clip_pixels is None and cached.sam_pixels is None and batch.features is None
+    assert cached.clip_pixels == cached.sam_pixels == batch.features == ()
     assert cached.features.clip_features.dtype == cached.features.image_embedding.dtype == BFLOAT16
     read = load_model(model, dtype="bfloat16")
     computed, known = jax.jit(picture_features)(read, batch), jax.jit(picture_features)(read, cached)
