@@ -23,6 +23,8 @@ from read_jax.training.initial import mimetic_attention, position_codes, whiten_
 from read_jax.training.scratch import fixed_texts, make_tokenizer, texts
 from read_jax.training.teaching import CLASSES, make_lesson, teach_vision
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly", "short_exam")
+
 VISION = ClipVisionConfig(
     hidden_size=16,
     intermediate_size=16,
@@ -33,6 +35,11 @@ VISION = ClipVisionConfig(
     select_layer=-1,
 )
 SCENES = Scenes(seed=5, length=None)
+
+
+@pytest.fixture
+def short_exam(monkeypatch):
+    monkeypatch.setattr(teaching, "_EXAM_PICTURES", 4)
 
 
 @pytest.fixture(scope="module")
