@@ -234,6 +234,8 @@ def test_too_little_shared_memory_is_told_before_workers_start(monkeypatch):
 
 
 SCRIPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 import time
 from read_jax.data.mixture import Mixture
 from read_jax.data.pipeline import TrainingLoader
