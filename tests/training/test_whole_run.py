@@ -26,7 +26,7 @@ from read_jax.weights.store import read_slice
 from tests.training.tiny import write_model
 from tests.training.tiny_run import TIMES, lines
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]  # two minutes of compilation
 
 LORA = LoraConfig(rank=2, alpha=6.0, dropout=0.1)
 
