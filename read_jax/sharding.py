@@ -154,7 +154,7 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     try:
         grids = [mesh_utils.create_device_mesh(shape, p, allow_split_physical_axes=True) for p in parts]
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # the second: no such grid on a TPU's torus
         raise ConfigError(f"{size} devices cannot be arranged as {shape} {AXES}: {error}") from None
     return np.concatenate(grids, axis=0)
 

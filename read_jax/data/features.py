@@ -13,39 +13,32 @@ shard of its first item.
 
 from __future__ import annotations
 
-import bisect
 import collections
 import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
 
-from read_jax.config import ReadConfig
-from read_jax.data.item import Source
-from read_jax.data.loader import Loader, Notes
-from read_jax.data.mixture import Skipped, picture
-from read_jax.data.packing import Batch, PictureFeatures
-from read_jax.errors import DataError, ReadJaxError
+from read_jax.data.packing import PictureFeatures
+from read_jax.errors import DataError
 from read_jax.files import write_file
-from read_jax.images.preprocess import clip_crop, sam_resize
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 1 << 30
 """About what a shard holds; a run that is killed does at most one again."""
 CARD = "features.json"
-_FORMAT, _DIGEST, _OPEN = 1, 16, 128
+DIGEST_BYTES = 16
+_FORMAT, _OPEN = 1, 128
 _AGAIN = "run the same `read-jax cache` again: it makes what is missing."
 
 
@@ -71,7 +64,7 @@ class Card:
     def record_bytes(self) -> int:
         """Of a picture."""
         values = math.prod(self.clip_features) + math.prod(self.image_embedding)
-        return BFLOAT16.itemsize * values + _DIGEST
+        return BFLOAT16.itemsize * values + DIGEST_BYTES
 
     @property
     def items(self) -> int:
@@ -137,9 +130,9 @@ class FeatureStore:
             record = self._reader(shard).read([row])[0]
         except (RuntimeError, ValueError, IndexError, OSError) as error:  # riegeli has its own for damage
             raise _damaged(path, row, str(error)) from error
-        if len(record) != self.card.record_bytes or record[-_DIGEST:].hex() != digest:
+        if len(record) != self.card.record_bytes or record[-DIGEST_BYTES:].hex() != digest:
             raise _damaged(path, row, "it is of another picture")
-        values = np.frombuffer(record, BFLOAT16, (len(record) - _DIGEST) // BFLOAT16.itemsize)
+        values = np.frombuffer(record, BFLOAT16, (len(record) - DIGEST_BYTES) // BFLOAT16.itemsize)
         clip, sam = np.split(values, [math.prod(self.card.clip_features)])
         return PictureFeatures(clip.reshape(self.card.clip_features), sam.reshape(self.card.image_embedding))
 
@@ -291,91 +284,6 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-class Pictures(NamedTuple):
-    """Pictures as the encoders take them.
-
-    clip_pixels, sam_pixels: as in `Batch`. sam_size: int32 [B, 2], height and width of the picture in
-    sam_pixels. digest: uint8 [B, 16].
-    """
-
-    clip_pixels: np.ndarray
-    sam_pixels: np.ndarray
-    sam_size: np.ndarray
-    digest: np.ndarray
-
-
-class PictureLoader(Loader):
-    """The pictures of all items once, in order, without questions; `arrays` are `Pictures`.
-
-    Args:
-        sources: in the order of the card.
-        config: of the model.
-        spans: items of every step, counted through all sources.
-        workers, buffer, max_bad_share: as for `TrainingLoader`.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        config: ReadConfig,
-        spans: list[range],
-        workers: int,
-        buffer: int,
-        max_bad_share: float,
-    ) -> None:
-        self._picture_task = task = _PictureTask(
-            tuple(sources), config.clip.image_size, config.sam.image_size, spans
-        )
-        super().__init__(task, 1, len(spans), workers, buffer)
-        self._max_bad_share, self._items = max_bad_share, sum(map(len, spans))
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The sources."""
-        return {"sources": {source.name: len(source) for source in self._picture_task.sources}}
-
-    def _check_share(self, per_example: list[tuple[Skipped, ...]]) -> None:
-        if self.skipped_count > self._max_bad_share * self._items:
-            raise self._too_many(self.skipped_count, self._items, self._max_bad_share)
-
-    def _task_bytes(self) -> int:
-        task = self._picture_task
-        return max(map(len, task.spans), default=0) * 3 * (task.clip_size**2 + task.sam_size**2)
-
-
-@dataclasses.dataclass(frozen=True)
-class _PictureTask:
-    sources: tuple[Source, ...]
-    clip_size: int
-    sam_size: int
-    spans: list[range]
-
-    def __call__(self, t: int) -> tuple[Batch, Notes]:
-        count, clip, sam = len(self.spans[t]), self.clip_size, self.sam_size
-        arrays = Pictures(
-            np.zeros((count, clip, clip, 3), np.uint8),
-            np.zeros((count, sam, sam, 3), np.uint8),
-            np.ones((count, 2), np.int32),
-            np.zeros((count, _DIGEST), np.uint8),
-        )
-        notes = Notes()
-        ends = list(itertools.accumulate(len(source) for source in self.sources))
-        for row, place in enumerate(self.spans[t]):
-            at = bisect.bisect_right(ends, place)
-            source, index = self.sources[at], place - (ends[at - 1] if at else 0)
-            key, skipped = f"{source.name}:{index}", ()
-            try:
-                item = source[index]
-                key = f"{source.name}:{item.key}"
-                image = picture(item)
-                arrays.clip_pixels[row] = clip_crop(image, clip)
-                arrays.sam_pixels[row], arrays.sam_size[row] = sam_resize(image, sam)
-                arrays.digest[row] = _digest(*(array[row] for array in arrays[:3]))
-            except ReadJaxError as error:
-                skipped = (Skipped(key, str(error)),)
-            notes.add(key, None, skipped)
-        return cast(Batch, arrays), notes  # a Loader hands on whatever arrays a task makes
-
-
 def import_array_record() -> Any:
     """The module of ArrayRecord's reader and writer; raises `DataError` when it is not installed."""
     try:
@@ -385,13 +293,6 @@ def import_array_record() -> Any:
             f"cached features need a package that is not installed ({error}): pip install 'read-jax[data]'"
         ) from error
     return array_record_module
-
-
-def _digest(*arrays: np.ndarray) -> np.ndarray:
-    hashed = hashlib.blake2b(digest_size=_DIGEST)
-    for array in arrays:
-        hashed.update(np.ascontiguousarray(array).data)
-    return np.frombuffer(hashed.digest(), np.uint8)
 
 
 def _open(path: Path) -> Any:

@@ -30,8 +30,6 @@ from read_jax.data.features import (
     SHARD_BYTES,
     Card,
     FeatureStore,
-    PictureLoader,
-    Pictures,
     ShardWriter,
     import_array_record,
     only_writer,
@@ -41,13 +39,14 @@ from read_jax.data.features import (
 from read_jax.data.item import Source
 from read_jax.data.mixture import Mixture
 from read_jax.data.packing import PictureFeatures
+from read_jax.data.pictures import PictureLoader, Pictures
 from read_jax.errors import CheckpointError, ConfigError
 from read_jax.models.clip import ClipVision, normalize_clip
 from read_jax.models.sam.image_encoder import ImageEncoder, normalize_sam
 from read_jax.sharding import batch_devices, batch_sharding, make_mesh, on_mesh, parameter_shardings
 from read_jax.training.config import ENCODERS, TrainConfig
 from read_jax.weights import store
-from read_jax.weights.checkpoint import PARAMS, load_record, model_folder, model_leaves
+from read_jax.weights.checkpoint import PARAMS, load_record, model_leaves
 
 Array = jax.Array
 
@@ -115,7 +114,7 @@ def cache(
         )
     import_array_record()
     output = Path(output).expanduser()
-    folder = model_folder(config.start.model)
+    folder = Path(config.start.model).expanduser()
     model_config = load_record(folder).config
     sources = _sources(mixture)
     card = make_card(config, folder, model_config, sources, shard_bytes)

@@ -19,14 +19,16 @@ _SHORTEST, _LONGEST = 2.0, 20.0
 def position_codes(grid: int, width: int) -> np.ndarray:
     """2D sine-cosine codes, float32 [grid, grid, width]: the first half tells the row, the second the column.
 
-    Every value lies in [-1, 1]. width must be a multiple of 4.
+    Every value lies in [-1, 1]; what is over when width is no multiple of 4 is zero.
     """
     count = width // 4
     frequency = 2 * np.pi / (_SHORTEST * (_LONGEST / _SHORTEST) ** (np.arange(count) / count))
     angle = np.arange(grid)[:, None] * frequency
     line = np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
     rows, columns = np.broadcast_arrays(line[:, None], line[None])
-    return np.concatenate([rows, columns], axis=-1).astype(np.float32)
+    codes = np.zeros((grid, grid, width), np.float32)
+    codes[..., : 4 * count] = np.concatenate([rows, columns], axis=-1)
+    return codes
 
 
 def code_positions(model: Read, amplitude: float = 1.0) -> None:

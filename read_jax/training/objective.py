@@ -298,6 +298,7 @@ def _similarity_loss_sum(model: Read, out: Forward, batch: Batch, image_start: i
     similarity = jnp.einsum("bnd,bqd->bqn", image_states, seg_states, preferred_element_type=jnp.float32)
     masks, sizes = jnp.asarray(batch.masks), jnp.asarray(batch.mask_size)
     share = share_of_cells(masks, sizes, model.config.clip.grid_size)
+    similarity = similarity[..., -share.shape[-1] :]  # the class token, where there is one, is no cell
     per_mask = similarity_loss(similarity, share, seg_states.shape[-1])
     return jnp.sum(jnp.where(batch.has_mask & batch.valid[:, None], per_mask, 0.0))
 

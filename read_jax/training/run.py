@@ -38,7 +38,7 @@ from read_jax.training.optimizer import make_optimizer
 from read_jax.training.scratch import check_scratch, write_scratch
 from read_jax.training.step import TrainState, init_state, is_chosen, make_train_step, split_model
 from read_jax.training.validation import Validator
-from read_jax.weights.checkpoint import UPSTREAM, ModelRecord, load_record, model_folder, model_leaves
+from read_jax.weights.checkpoint import UPSTREAM, ModelRecord, load_record, model_leaves
 from read_jax.weights.model import load_model
 
 START = "start"
@@ -48,11 +48,11 @@ START = "start"
 class Run:
     """The parts of a run.
 
-    model_config: the architecture, with the run's point settings. frozen: parameters that stay. step: of
-    the number of updates done, the compiled function (state, frozen, batch) -> (state, metrics), which reuses
-    the state's memory. loader: of
-    the training data. sharding: of a batch's arrays. validator: None without validation. prefix_ids: tokens
-    before every question. identity: what a checkpoint belongs to. description: in words.
+    model_config: the architecture, with the run's point settings. frozen: parameters that stay. step: gives,
+    for the number of updates done, the compiled function (state, frozen, batch) -> (state, metrics), which
+    reuses the state's memory. loader: of the training data. sharding: of a batch's arrays. validator: None
+    without validation. prefix_ids: tokens before every question. identity: what a checkpoint belongs to.
+    description: in words.
     """
 
     model_config: ReadConfig
@@ -186,7 +186,7 @@ def base_model(config: TrainConfig, mixture: Mixture, workdir: Path) -> tuple[Pa
     start = config.start
     if start.scratch is None and not start.model:
         raise ConfigError("start names no model folder: set start.model (or start.scratch, a new model).")
-    folder = model_folder(start.model).absolute() if start.model else workdir / START
+    folder = Path(start.model).expanduser().absolute() if start.model else workdir / START
     workdir.mkdir(parents=True, exist_ok=True)
     if start.scratch is not None and not folder.exists():
         write_scratch(folder, start, mixture, config.data.template, workers=config.data.workers)

@@ -96,7 +96,7 @@ def check_scratch(folder: Path, record: ModelRecord, start: StartConfig) -> None
     origin = _origin(start)
     if sizes[0] != sizes[1] or any(record.source.get(key) != value for key, value in origin.items()):
         raise ConfigError(
-            f"{folder} holds a new model of other settings (start.scratch, start.seed or start.teaching). "
+            f"{folder} holds a new model of other settings (start.scratch, seed, vocabulary or teaching). "
             "Use another workdir, or delete that folder to begin anew."
         )
 
@@ -104,7 +104,7 @@ def check_scratch(folder: Path, record: ModelRecord, start: StartConfig) -> None
 def _origin(start: StartConfig) -> dict[str, Any]:
     """What a model folder says of where it comes from."""
     teaching = start.teaching.to_dict() if start.teaching else None
-    return {"kind": "scratch", "seed": start.seed, "teaching": teaching}
+    return {"kind": "scratch", "seed": start.seed, "vocabulary": start.vocabulary, "teaching": teaching}
 
 
 def texts(mixture: Mixture) -> Iterable[str]:

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 
 from read_jax.data.item import Query
 from read_jax.data.prompts import (
+    PHRASE_QUESTION,
+    SEGMENTATION_ANSWER,
+    SHORT_TEMPLATES,
     TRAINING_TEMPLATES,
     TemplateSet,
     evaluation_answer,
     evaluation_question,
     fill,
+    templates_named,
 )
 from read_jax.errors import DataError
 from read_jax.text.conversation import RESERVED_TEXTS, TEMPLATES
@@ -156,3 +160,19 @@ def test_no_template_of_ours_holds_a_control_text():
     for text in texts:
         assert not [r for r in RESERVED_TEXTS if r in text.replace("[SEG]", "")]
         assert not [t for t in TEMPLATES.values() if t.separator in text]
+
+
+def test_templates_are_named_or_read_from_a_file(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"affirmations": ["Look: [SEG]."]}))
+    assert templates_named("varied") is TRAINING_TEMPLATES
+    assert templates_named("short") is SHORT_TEMPLATES
+    assert templates_named(str(file)).affirmations == ("Look: [SEG].",)
+    with pytest.raises(DataError, match="shrot"):
+        templates_named("shrot")
+
+
+def test_short_templates_ask_as_evaluation_does_half_of_the_time():
+    asked = SHORT_TEMPLATES.phrase_questions
+    assert asked.count(PHRASE_QUESTION.format(text="{phrase}")) == len(asked) / 2
+    assert SHORT_TEMPLATES.affirmations == (SEGMENTATION_ANSWER,)

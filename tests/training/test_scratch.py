@@ -18,8 +18,9 @@ from read_jax.models.clip import ClipVision
 from read_jax.text.conversation import render
 from read_jax.text.targets import mask_targets
 from read_jax.training import teaching
-from read_jax.training.config import StartConfig, TeachingConfig
+from read_jax.training.config import StartConfig, TeachingConfig, load_config
 from read_jax.training.initial import mimetic_attention, position_codes, whiten_patches
+from read_jax.training.run import prepare
 from read_jax.training.scratch import fixed_texts, make_tokenizer, texts
 from read_jax.training.teaching import CLASSES, make_lesson, teach_vision
 
@@ -206,3 +207,29 @@ def test_lessons_of_another_tower_are_not_taken(tmp_path, capsys):
 def test_teaching_is_for_new_models():
     with pytest.raises(ConfigError, match="for new models"):
         StartConfig(model="somewhere", teaching=TeachingConfig())
+
+
+def test_a_width_that_four_does_not_divide_has_codes_too():
+    assert position_codes(5, 6).shape == (5, 5, 6)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """(config, folder, parts) of a run that has made its new model."""
+    config = load_config("nano_scenes:runlocal", ["start.vocabulary=600", "masks_from=3"])
+    return config, tmp_path, prepare(config, tmp_path)[0]
+
+
+def test_masks_are_trained_from_the_stated_update_on(begun):
+    _, _, run = begun
+    assert run.step(0) is run.step(2) and run.step(3) is run.step(100)
+    assert run.step(2) is not run.step(3)
+
+
+@pytest.mark.parametrize("change", ["start.seed=1", "start.vocabulary=700", "start.scratch.sam.depth=1"])
+def test_a_new_model_of_other_settings_is_not_taken_for_this_one(begun, change):
+    changes = ["start.vocabulary=600", change, "start.scratch.sam.global_attn_indexes=(0,)"]
+    other = load_config("nano_scenes:runlocal", changes if "depth" in change else changes[:2])
+    with pytest.raises(ConfigError, match="other settings"):
+        prepare(other, begun[1])
+    prepare(begun[0], begun[1])  # its own is
