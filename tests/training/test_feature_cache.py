@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -76,7 +77,7 @@ def config_of(model, data, **changes):
 
 def fill(config, output):
     """A cache of two items per shard, without a word."""
-    folder = features.model_folder(config.start.model)
+    folder = Path(config.start.model)
     card = features.make_card(config, folder, load_record(folder).config, [])
     return cache(
         config, make_mixture(config.data), output, say=lambda text: None, shard_bytes=2 * card.record_bytes
@@ -109,13 +110,11 @@ def using(config, folder, **changes):
 
 def opened(config):
     record = load_record(config.start.model)
-    return open_features(
-        config, features.model_folder(config.start.model), record.config, make_mixture(config.data)
-    )
+    return open_features(config, Path(config.start.model), record.config, make_mixture(config.data))
 
 
 def loader_of(config, **options):
-    packer = packer_of(features.model_folder(config.start.model), config.data.limits)
+    packer = packer_of(Path(config.start.model), config.data.limits)
     given = {"max_bad_share": 0.9, "features": opened(config), **options}
     return TrainingLoader(make_mixture(config.data), packer, 4, **given)
 
