@@ -67,7 +67,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["read_jax", "read_jax.*"]), "read_jax.configs"],
     package_dir={"read_jax.configs": "configs"},  # so that recipes are found by name from anywhere
-    package_data={"read_jax": ["py.typed", "data/class_lists/*.json"]},
+    package_data={"read_jax": ["py.typed", "data/class_lists/*.json", "bundled/**/*", "bundled/**/.*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["read-jax = read_jax.cli:main"]},

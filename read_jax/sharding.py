@@ -91,6 +91,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("sam.mask_decoder.*", "..."),  # 4 million parameters in all
     ("*.scale", "..."),
     ("*.bias", "..."),
+    ("ns_coeffs", "..."),  # of Muon, among its moments
 )
 """Names of the dimensions of every parameter, by pattern of its path; the first that fits counts. "...": the
 whole array on every device, because it is small."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from read_jax.config import ReadConfig, SamConfig
+from read_jax.config import ReadConfig, SamConfig, SaspConfig
 from read_jax.data.recipes import RECIPES
 from read_jax.data.sources import FAMILIES
 from read_jax.errors import ConfigError
@@ -29,12 +29,13 @@ def architecture(config):
     """Of the model folder that a recipe starts from, judging by its name."""
     if config.start.scratch:
         return config.start.scratch
+    if config.start.model == "nano":
+        return load_config("nano_scenes").start.scratch
     size = re.search(r"\d+b", config.start.model).group()
     model = ReadConfig.preset(f"sesame-{size}")
     if sam := re.search(r"sam-([blh])$", config.start.model):
         model = model.replace(sam=SamConfig.preset(f"vit_{sam.group(1)}"))
-    sasp = config.start.sasp_config()
-    return model.replace(sasp=sasp) if sasp else model
+    return model.replace(sasp=config.start.sasp_config(model.sasp))
 
 
 def test_there_is_a_recipe_for_every_published_number():
@@ -108,8 +109,8 @@ def test_the_ablations_differ_from_the_recipe_in_one_thing():
     base = load_config("read_7b_reasonseg")
     assert load_config("ablation_sasp_continuous") == base
     off, discrete = load_config("ablation_sasp_off"), load_config("ablation_sasp_discrete")
-    assert not off.start.sasp_config().enabled
-    assert not discrete.start.sasp_config().continuous
+    assert not off.start.sasp_config(SaspConfig()).enabled
+    assert not discrete.start.sasp_config(SaspConfig()).continuous
     for other in (off, discrete, *(load_config(f"ablation_sam_{size}") for size in "blh")):
         assert (other.data, other.optimizer, other.losses) == (base.data, base.optimizer, base.losses)
 

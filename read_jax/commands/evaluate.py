@@ -18,7 +18,7 @@ def add_evaluate(commands: Any) -> None:
         "Writes every answer as it comes, so that a run that is stopped goes on where it was, and ends with "
         "a report: summary.json, report.md, report.html.",
     )
-    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert")
+    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert, or nano")
     parser.add_argument(
         "--dataset",
         required=True,

@@ -19,7 +19,7 @@ def add_segment(commands: Any) -> None:
         "Every prompt is asked about every image. The folder receives, per answer, a mask, an overlay and "
         "the similarity map with its points, and one result.json.",
     )
-    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert")
+    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert, or nano")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture files (JPEG, PNG, WebP, ...)")
     parser.add_argument(
         "--prompt",

@@ -78,7 +78,7 @@ def add_export(commands: Any) -> None:
         _export,
         "write a model folder as a checkpoint that the original PyTorch code loads",
     )
-    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert")
+    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert, or nano")
     parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument(
         "--format",
@@ -105,7 +105,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def add_inspect(commands: Any) -> None:
     parser = command(commands, "inspect", _inspect, "say what a model folder holds")
-    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert")
+    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert, or nano")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from read_jax.inference.tracing import trace_answer
 from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix
 from read_jax.text.conversation import Template, get_template
 from read_jax.text.tokenizer import Tokenizer
-from read_jax.weights.checkpoint import UPSTREAM, load_config
+from read_jax.weights.checkpoint import UPSTREAM, load_config, model_folder
 from read_jax.weights.model import load_model
 
 Image = Any
@@ -75,14 +75,14 @@ def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
     """Load a model folder made by `read-jax convert`.
 
     Args:
-        model_dir: the folder.
+        model_dir: the folder, or "nano": the small model that comes with the package.
         dtype: "float32" or "bfloat16" to compute and keep weights in; None: as stored.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or corrupt.
         ConfigError: an unknown dtype.
     """
-    model_dir = Path(model_dir).expanduser()
+    model_dir = model_folder(model_dir)
     load_config(model_dir)  # these two are quick to fail, so before the weights
     tokenizer = Tokenizer.load(model_dir / UPSTREAM)
     model = load_model(model_dir, dtype=dtype)

@@ -37,11 +37,11 @@ ENCODERS = ("clip", "sam.image_encoder")
 
 @dataclasses.dataclass(frozen=True)
 class TeachingConfig(Config):
-    """Lessons for a new model's vision tower; see `read_jax.training.teaching`.
+    """Lessons for a new model's eyes; see `read_jax.training.teaching`.
 
     Attributes:
         updates: how many lessons; batch: pictures in each.
-        learning_rate: the peak, reached after `warmup_updates` and kept for half of the lessons.
+        learning_rate: the peak, reached after `warmup_updates`; it falls to zero from there.
         seed: of the pictures.
     """
 
@@ -70,9 +70,10 @@ class StartConfig(Config):
         tokenizer: folder with the new model's tokenizer; "": one is made of the words of the training data.
         vocabulary: its size, when it is made.
         seed: of the new model's parameters.
-        teaching: lessons for the new model's vision tower; None for none.
+        teaching: lessons for the new model's eyes, its vision tower and projector; None for none.
         sasp: point settings to train with, by name; None: the model's own.
-        continuous: with `sasp`: whether chosen points move to their differentiable expectation.
+        continuous: whether chosen points move to their differentiable expectation; False: they stay at
+            whole cells, whatever the settings say.
     """
 
     model: str = ""
@@ -89,9 +90,10 @@ class StartConfig(Config):
         self._require(not (self.teaching and not self.scratch), "teaching is for new models: set scratch.")
         self._require(self.vocabulary > 300, f"vocabulary must be above 300, not {self.vocabulary}.")
 
-    def sasp_config(self) -> SaspConfig | None:
-        """The point settings, None for the model's own."""
-        return None if self.sasp is None else SaspConfig.preset(self.sasp, continuous=self.continuous)
+    def sasp_config(self, own: SaspConfig) -> SaspConfig:
+        """The point settings to train with; own: the model's."""
+        chosen = own if self.sasp is None else SaspConfig.preset(self.sasp)
+        return dataclasses.replace(chosen, continuous=chosen.continuous and self.continuous)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ from read_jax.models.sam.image_encoder import ImageEncoder, normalize_sam
 from read_jax.sharding import batch_devices, batch_sharding, make_mesh, on_mesh, parameter_shardings
 from read_jax.training.config import ENCODERS, TrainConfig
 from read_jax.weights import store
-from read_jax.weights.checkpoint import PARAMS, load_record, model_leaves
+from read_jax.weights.checkpoint import PARAMS, load_record, model_folder, model_leaves
 
 Array = jax.Array
 
@@ -114,7 +114,7 @@ def cache(
         )
     import_array_record()
     output = Path(output).expanduser()
-    folder = Path(config.start.model).expanduser()
+    folder = model_folder(config.start.model)
     model_config = load_record(folder).config
     sources = _sources(mixture)
     card = make_card(config, folder, model_config, sources, shard_bytes)

@@ -14,7 +14,14 @@ from read_jax.errors import CheckpointError
 from read_jax.training.checkpoint import FOLDER, read_leaves, read_meta
 from read_jax.training.config import TrainConfig
 from read_jax.weights import store
-from read_jax.weights.checkpoint import PARAMS, UPSTREAM, ModelRecord, load_record, model_leaves
+from read_jax.weights.checkpoint import (
+    PARAMS,
+    UPSTREAM,
+    ModelRecord,
+    load_record,
+    model_folder,
+    model_leaves,
+)
 from read_jax.weights.engine import Row
 from read_jax.weights.model import save_model
 
@@ -52,7 +59,7 @@ def finish(
     chosen = folder / str(steps[-1] if step is None else step)
     meta = read_meta(chosen)
     identity = meta["identity"]
-    model_dir = Path(base).expanduser() if base else Path(identity["base"]["path"])
+    model_dir = model_folder(base or identity["base"]["path"])
     record = load_record(model_dir)
     if record.fingerprint != identity["base"]["fingerprint"]:
         raise CheckpointError(
@@ -84,10 +91,9 @@ def finish(
             value = np.asarray(value, np.float32) + np.float32(scale) * (a @ b)
         return value
 
-    sasp = config.start.sasp_config()
     return save_model(
         output,
-        record.config.replace(sasp=sasp) if sasp else record.config,
+        record.config.replace(sasp=config.start.sasp_config(record.config.sasp)),
         dtype or record.dtype,
         {**record.source, "trained_updates": meta["step"], "base_fingerprint": record.fingerprint},
         read,

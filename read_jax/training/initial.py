@@ -10,6 +10,7 @@ import numpy as np
 
 from read_jax.models.clip import ClipVision, normalize_clip
 from read_jax.models.layers import patchify
+from read_jax.models.llama import Llama
 from read_jax.models.read import Read
 
 _SHORTEST, _LONGEST = 2.0, 20.0
@@ -91,3 +92,42 @@ def mimetic_attention(clip: ClipVision, seed: int = 0) -> None:
         v[layer], o[layer] = left * scale**0.5, (right.T * scale**0.5).T
     for name, kernel in (("q_proj", q), ("k_proj", k), ("v_proj", v), ("out_proj", o)):
         getattr(attention, name).kernel[...] = jnp.asarray(kernel)
+
+
+def word_to_token(width: int, seed: int = 0) -> np.ndarray:
+    """The rotation that takes a word's embedding to what image tokens of such things resemble.
+
+    float32 [width, width], orthogonal. Resembling the embedding itself they could not be told from the word:
+    a word that looks for its like would find, above all, itself.
+    """
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0].astype(np.float32)
+
+
+def seek_tokens(llama: Llama, rotation: np.ndarray, seed: int = 0, gain: float = 2.0) -> None:
+    """Begin with attention by which words look for image tokens that `rotation` takes them to.
+
+    In every head, the slower half of the rotary frequencies does so, each in directions of its own: over
+    the length of a prompt they hardly turn. The faster half stays as it is, to tell neighbours by.
+
+    Args:
+        llama: the language model.
+        rotation: as `word_to_token` gives it.
+        seed: of the directions.
+        gain: how strongly.
+    """
+    config = llama.config
+    random = np.random.default_rng(seed)
+    half = config.head_dim // 2
+    slow = np.arange(half // 2, half)
+    slow = np.concatenate([slow, slow + half])  # rotary pairs are half a head apart
+    attention = llama.layers.attn
+    q, k = (np.array(layer.kernel[...]) for layer in (attention.q_proj, attention.k_proj))
+    width, shared = config.hidden_size, config.num_heads // config.num_kv_heads
+    for layer in range(config.num_layers):
+        directions, _ = np.linalg.qr(random.normal(size=(width, width)))
+        for head in range(config.num_kv_heads):
+            chosen = gain * directions[:, (head * len(slow) + np.arange(len(slow))) % width]
+            k[layer][:, head * config.head_dim + slow] = chosen
+            for asking in range(head * shared, (head + 1) * shared):
+                q[layer][:, asking * config.head_dim + slow] = rotation @ chosen
+    attention.q_proj.kernel[...], attention.k_proj.kernel[...] = jnp.asarray(q), jnp.asarray(k)

@@ -42,7 +42,8 @@ class LossWeights(Config):
     Attributes:
         ce, bce, dice, focal: as in `read_jax.training.losses`.
         similarity: the [SEG] state learns to resemble the image tokens of its target; see `similarity_loss`.
-        first_token: extra weight of the first token of every answer, where it is decided to affirm or deny.
+        first_token: extra weight of the first token of every answer, where it is decided to affirm or deny;
+            answers that affirm and answers that deny count half each, however many there are.
     """
 
     ce: float = 1.0
@@ -69,10 +70,14 @@ class LossWeights(Config):
 
 
 class Counts(NamedTuple):
-    """What the sums of a batch are divided by: supervised tokens, answers and masks, float32 scalars."""
+    """What the sums of a batch are divided by, float32 scalars.
+
+    tokens: that are supervised; answers; denials: the answers where what is asked for is not there; masks.
+    """
 
     tokens: Array
     answers: Array
+    denials: Array
     masks: Array
 
 
@@ -92,7 +97,9 @@ def count(batch: Batch) -> Counts:
     """The denominators of a whole batch, however it is cut into micro-batches."""
     targets = targets_of(batch)
     masks = batch.has_mask & batch.valid[:, None]
-    kinds = targets != IGNORE_INDEX, first_tokens(targets) != IGNORE_INDEX, masks
+    denied = ~batch.exists[..., None]
+    begins = first_tokens(targets) != IGNORE_INDEX
+    kinds = targets != IGNORE_INDEX, begins, begins & denied, masks
     return Counts(*(jnp.sum(kind).astype(jnp.float32) for kind in kinds))
 
 
@@ -196,8 +203,10 @@ def objective(
     bce = dice = focal = similarity = first_token = jnp.float32(0)
     ce = _text_loss_sum(model, out.states, targets, turns) / jnp.maximum(counts.tokens, 1.0)
     if weights.first_token:
-        sums = _text_loss_sum(model, out.states, first_tokens(targets), turns)
-        first_token = sums / jnp.maximum(counts.answers, 1.0)
+        affirmed = jnp.asarray(batch.exists)[..., None]
+        for chosen, number in (affirmed, counts.answers - counts.denials), (~affirmed, counts.denials):
+            begins = jnp.where(chosen, first_tokens(targets), IGNORE_INDEX)
+            first_token += _text_loss_sum(model, out.states, begins, turns) / jnp.maximum(number, 1.0) / 2
     if weights.of_masks:
         masks = _mask_loss_sums(model, out, batch, image_start, turns)
         bce, dice, focal = (value / (counts.masks + COUNT_EPS) for value in masks)

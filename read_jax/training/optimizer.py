@@ -12,6 +12,7 @@ import optax
 from read_jax.config import Config
 from read_jax.errors import ConfigError
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("linear", "deepspeed", "constant")
 
 
@@ -20,6 +21,8 @@ class OptimizerConfig(Config):
     """How parameters are updated.
 
     Attributes:
+        name: "adamw", as READ is trained; or "muon", for new models: matrices move by their orthogonalised
+            momentum, at the size of AdamW's steps, and the rest by AdamW with Nesterov's momentum.
         learning_rate: the peak.
         schedule: "linear": linear warm-up from zero, then linear decay to zero at `total_updates`;
             "deepspeed": what DeepSpeed 0.10.3 makes of it, one update at the full rate, then the linear
@@ -29,6 +32,7 @@ class OptimizerConfig(Config):
         clip_norm: global norm that gradients are scaled down to.
     """
 
+    name: str = "adamw"
     learning_rate: float = 3e-4
     schedule: str = "linear"
     warmup_updates: int = 100
@@ -40,6 +44,8 @@ class OptimizerConfig(Config):
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ConfigError(f"name must be one of {', '.join(OPTIMIZERS)}, not {self.name!r}.")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}.")
         if not 0 <= self.warmup_updates < self.total_updates:
@@ -91,14 +97,32 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then AdamW with the schedule; one `update` is one optimizer update."""
-    return optax.chain(
-        clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
+    """Clipping, then AdamW or Muon with the schedule; one `update` is one optimizer update."""
+    rate = learning_rate(config)
+    if config.name == "muon":
+        move = optax.contrib.muon(
+            rate,
             weight_decay=config.weight_decay,
-        ),
-    )
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,  # as large as an AdamW step usually is
+        )
+    else:
+        move = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
+    return optax.chain(clip_by_global_norm(config.clip_norm), move)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of which parameters are matrices for Muon: the kernels of linear layers, stacked or not.
+
+    Not embeddings and the language-model head, whose rows are words that move on their own.
+    """
+
+    def axes(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        is_matrix = "kernel" in name and leaf.ndim in (2, 3) and "lm_head" not in name
+        return optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix else None
+
+    return jax.tree.map_with_path(axes, params)

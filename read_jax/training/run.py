@@ -38,7 +38,7 @@ from read_jax.training.optimizer import make_optimizer
 from read_jax.training.scratch import check_scratch, write_scratch
 from read_jax.training.step import TrainState, init_state, is_chosen, make_train_step, split_model
 from read_jax.training.validation import Validator
-from read_jax.weights.checkpoint import UPSTREAM, ModelRecord, load_record, model_leaves
+from read_jax.weights.checkpoint import UPSTREAM, ModelRecord, load_record, model_folder, model_leaves
 from read_jax.weights.model import load_model
 
 START = "start"
@@ -84,8 +84,7 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
 
     mixture = make_mixture(config.data)
     folder, record = base_model(config, mixture, workdir)
-    sasp = config.start.sasp_config()
-    model_config = record.config.replace(sasp=sasp) if sasp else record.config
+    model_config = record.config.replace(sasp=config.start.sasp_config(record.config.sasp))
     features = open_features(config, folder, model_config, mixture)
     tokenizer = Tokenizer.load(folder / UPSTREAM)
     packer = Packer(model_config, tokenizer, config.data.template, config.data.limits)
@@ -186,7 +185,7 @@ def base_model(config: TrainConfig, mixture: Mixture, workdir: Path) -> tuple[Pa
     start = config.start
     if start.scratch is None and not start.model:
         raise ConfigError("start names no model folder: set start.model (or start.scratch, a new model).")
-    folder = Path(start.model).expanduser().absolute() if start.model else workdir / START
+    folder = model_folder(start.model).absolute() if start.model else workdir / START
     workdir.mkdir(parents=True, exist_ok=True)
     if start.scratch is not None and not folder.exists():
         write_scratch(folder, start, mixture, config.data.template, workers=config.data.workers)

@@ -26,7 +26,7 @@ from read_jax.text.conversation import get_template
 from read_jax.text.tokenizer import READ_TOKENS, SEG_TOKEN, Tokenizer
 from read_jax.training.config import StartConfig
 from read_jax.training.initial import code_positions, mimetic_attention, whiten_patches
-from read_jax.training.teaching import make_lesson, teach_vision
+from read_jax.training.teaching import class_words, make_lesson, teach
 from read_jax.weights.checkpoint import ModelRecord
 from read_jax.weights.model import save_model
 
@@ -66,7 +66,7 @@ def write_scratch(
         pictures = [make_lesson(scenes, i, config.clip).pixels for i in range(_PICTURES)]
         whiten_patches(model.clip, np.stack(pictures), start.seed)
         mimetic_attention(model.clip, start.seed)
-        right = teach_vision(model.clip, start.teaching, lessons, workers=workers)
+        right = teach(model, class_words(tokenizer), start.teaching, lessons, workers=workers)
         origin["cells_named_rightly"] = right
     params = nnx.state(model)
     leaves = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}

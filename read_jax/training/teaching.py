@@ -1,10 +1,13 @@
-"""Lessons for a new vision tower, before a language model looks through it.
+"""Lessons for new eyes, before a language model looks through them.
 
-Published models begin with a CLIP that has seen hundreds of millions of pictures. A new one has seen none,
-and a language model that looks through it stands still: it tells colours apart within minutes, shapes not
-within hours. So the tower first learns on its own what drawn scenes show: every cell of its grid names the
-thing it sees (shape, colour, size, pattern, or nothing), and points to its centre. The heads that name are
-thrown away afterwards.
+Published models begin with a CLIP that has seen hundreds of millions of pictures with their captions, and a
+projector that has learned to put what it says among the words of the language model. New ones have seen
+nothing, and a language model that looks through them stands still: it tells colours apart within minutes,
+shapes not within hours. So tower and projector first learn on their own what drawn scenes show: the image
+token of every cell comes to resemble the embeddings of the words for the thing that the cell shows (its
+shape, colour, size, pattern), and tells where the thing is; and so do, to heads that are thrown away
+afterwards, the tower's own features. To ask whether something is there, the language
+model then has to look for like tokens, and no more.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import io
 import json
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,11 +31,17 @@ from read_jax.data.loader import ENDLESS, Loader, Notes
 from read_jax.data.packing import Batch
 from read_jax.data.scenes import Scenes
 from read_jax.data.scenes.shapes import PATTERNS, SHAPES
+from read_jax.data.scenes.wording import words_for
 from read_jax.data.scenes.world import COLOURS, SIZES
+from read_jax.errors import ConfigError
 from read_jax.files import write_file
 from read_jax.images.preprocess import clip_crop
-from read_jax.models.clip import ClipVision, normalize_clip
+from read_jax.models.clip import normalize_clip
+from read_jax.models.read import Read
+from read_jax.text.tokenizer import Tokenizer
 from read_jax.training.config import TeachingConfig
+from read_jax.training.initial import seek_tokens, word_to_token
+from read_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 Array = jax.Array
 
@@ -42,8 +52,8 @@ CLASSES = {
     "pattern": tuple(PATTERNS),
     "anything": ("no", "yes"),
 }
+_NAMED = tuple(CLASSES)[:-1]
 _WEIGHTS = {"shape": 2.0, "colour": 1.0, "size": 1.0, "pattern": 1.0, "anything": 0.5}
-_OUTPUTS = sum(map(len, CLASSES.values())) + 2  # and the way to the centre
 _SEEN, _UNSEEN = 0.25, 0.02
 """A cell that a thing covers more than the first shows it; one covered less than the second shows nothing."""
 _EXAM_SEED, _EXAM_PICTURES = 2**63, 128
@@ -54,7 +64,8 @@ class Lesson(NamedTuple):
     """Pictures, and what every cell of the grid shows.
 
     pixels: uint8 [B, s, s, 3]; classes: int8 [B, N, 5], in the order of `CLASSES`, -1 where there is nothing
-    to learn; centres: float32 [B, N, 2], the way to the centre of the cell's thing, in quarters of the side.
+    to learn; centres: float32 [B, N, 2], x and y of the centre of the cell's thing, from the middle of the
+    picture, in quarters of its side.
     """
 
     pixels: np.ndarray
@@ -81,20 +92,44 @@ def make_lesson(scenes: Scenes, index: int, config: ClipVisionConfig) -> Lesson:
     classes[..., -1] = np.where(amount > _SEEN, 1, np.where(amount < _UNSEEN, 0, -1))
 
     centre = np.array([[thing.x / 64 - left, thing.y / 64 - top] for thing in things], np.float32) / side
-    cells = (np.arange(grid, dtype=np.float32) + 0.5) / grid
-    here = np.stack(np.meshgrid(cells, cells), axis=-1)  # x, y
-    way = 4 * (centre[nearest] - here)
+    where = 4 * (centre[nearest] - 0.5)
     pixels = clip_crop(image, config.image_size)
-    return Lesson(pixels, classes.reshape(grid**2, -1), way.reshape(grid**2, 2).astype(np.float32))
+    return Lesson(pixels, classes.reshape(grid**2, -1), where.reshape(grid**2, 2).astype(np.float32))
 
 
-def teach_vision(
-    clip: ClipVision, config: TeachingConfig, save: Path, *, workers: int = 0, buffer: int = 2
+def class_words(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
+    """Of every kind of class but "anything", the ids of the words for each class.
+
+    Raises `ConfigError` where a class has no word that is one token.
+    """
+    ids: dict[str, list[list[int]]] = {}
+    for kind in _NAMED:
+        ids[kind] = []
+        for name in CLASSES[kind]:
+            encoded = [tokenizer.encode(word, bos=False) for word in words_for(kind, name)]
+            ids[kind].append([pieces[0] for pieces in encoded if len(pieces) == 1])
+            if not ids[kind][-1]:
+                raise ConfigError(
+                    f"start.teaching needs a word for {kind} {name!r} that is one token, and the tokenizer "
+                    "has none. Train on scenes, with a larger start.vocabulary."
+                )
+    return ids
+
+
+def teach(
+    model: Read,
+    words: dict[str, list[list[int]]],
+    config: TeachingConfig,
+    save: Path,
+    *,
+    workers: int = 0,
+    buffer: int = 2,
 ) -> dict[str, float]:
-    """Teach the tower, in place.
+    """Teach the vision tower, the projector, and the embeddings of the words, in place.
 
     Args:
-        clip: the tower.
+        model: the model.
+        words: as `class_words` gives them.
         config: how long, and how.
         save: file that keeps what was learned so far: interrupted, the lessons go on from there. It may be
             deleted afterwards.
@@ -105,26 +140,38 @@ def teach_vision(
     """
     from tqdm import tqdm
 
-    graphdef, tower = nnx.split(clip)
-    width = clip.config.hidden_size
-    heads = jax.random.normal(jax.random.key(config.seed), (width, _OUTPUTS)) * width**-0.5
-    params = {"tower": tower, "heads": heads, "bias": jnp.zeros(_OUTPUTS)}
-    rate = optax.schedules.join_schedules(
-        [
-            optax.schedules.linear_schedule(0.0, config.learning_rate, config.warmup_updates),
-            optax.schedules.constant_schedule(config.learning_rate),
-            optax.schedules.linear_schedule(config.learning_rate, 0.0, config.updates // 2),
-        ],
-        [config.warmup_updates, config.updates - config.updates // 2],
+    clip = model.clip
+    graphdef, eyes = nnx.split((clip, model.projector))
+    random = nnx.Rngs(config.seed)
+    features, tokens = clip.config.hidden_size, model.config.llama.hidden_size
+    params = {
+        "eyes": eyes,
+        "embeddings": jnp.copy(model.llama.embed_tokens.embedding[...]),  # the steps take what they are given
+        "of_features": _head(features, sum(map(len, CLASSES.values())) + 2, random),
+        "of_tokens": _head(tokens, len(CLASSES["anything"]) + 2, random),
+    }
+    rotation = jnp.asarray(word_to_token(tokens, config.seed))
+    means = {kind: _means(ids, model.config.llama.vocab_size) for kind, ids in words.items()}
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            name="muon",
+            learning_rate=config.learning_rate,
+            warmup_updates=config.warmup_updates,
+            total_updates=config.updates,
+        )
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
     state = (params, optimizer.init(params))
 
     def loss(params: Any, lesson: Lesson) -> tuple[Array, Array]:
-        features = nnx.merge(graphdef, params["tower"], copy=True)(normalize_clip(lesson.pixels))
-        features = features[:, -lesson.classes.shape[1] :]
-        features *= jax.lax.rsqrt(jnp.mean(jnp.square(features), axis=-1, keepdims=True) + 1e-6)
-        return _loss(features @ params["heads"] + params["bias"], lesson)
+        tower, projector = nnx.merge(graphdef, params["eyes"], copy=True)
+        features = tower(normalize_clip(lesson.pixels))[:, -lesson.classes.shape[1] :]
+        *seen, centres = _told(features, params["of_features"], tuple(CLASSES))
+        of_features, _ = _loss(dict(zip(CLASSES, seen, strict=True)), centres, lesson)
+        tokens = _unit(projector(features))
+        logits = {kind: tokens @ (mean @ params["embeddings"] @ rotation).T for kind, mean in means.items()}
+        logits["anything"], centres = _told(tokens, params["of_tokens"], ("anything",))
+        of_tokens, right = _loss(logits, centres, lesson)
+        return of_features + of_tokens, right
 
     def update(state: Any, lesson: Lesson) -> tuple[Any, Array]:
         params, moments = state
@@ -139,12 +186,12 @@ def teach_vision(
     ]
     questions = Lesson(*map(np.stack, zip(*unseen, strict=True)))
 
-    settings = json.dumps([config.to_dict(), clip.config.to_dict()], sort_keys=True)
+    settings = json.dumps([config.to_dict(), model.config.to_dict(), words], sort_keys=True)
     step, state = _load(save, state, settings)
     with (
         _Lessons(clip.config, config, workers, buffer) as lessons,
         tqdm(
-            desc="teaching the vision tower",
+            desc="teaching the eyes",
             initial=step,
             total=config.updates,
             file=sys.stderr,
@@ -163,26 +210,64 @@ def teach_vision(
                     f"{step} lessons: loss {float(value):.3f}; cells named rightly: {named}", sys.stderr
                 )
                 _save(save, step, state, settings)
-    nnx.update(clip, state[0]["tower"])
+    nnx.update((clip, model.projector), state[0]["eyes"])
+    model.llama.embed_tokens.embedding[...] = state[0]["embeddings"]
+    seek_tokens(model.llama, np.asarray(rotation), config.seed)
+    _level(model, questions.pixels)
     return _scores(exam(state[0], questions))
 
 
-def _loss(outputs: Array, lesson: Lesson) -> tuple[Array, Array]:
+def _head(width: int, outputs: int, random: nnx.Rngs) -> dict[str, Array]:
+    """A linear layer that is thrown away in the end."""
+    return {"weight": random.normal((width, outputs)) * width**-0.5, "bias": jnp.zeros(outputs)}
+
+
+def _unit(x: Array) -> Array:
+    """[..., D] -> the same with a mean square of 1, as a language model's layers see it."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def _told(x: Array, head: dict[str, Array], kinds: Sequence[str]) -> list[Array]:
+    """What a head says: logits of the kinds of classes, and last the centre."""
+    ends = np.cumsum([len(CLASSES[kind]) for kind in kinds])
+    return jnp.split(_unit(x) @ head["weight"] + head["bias"], ends, axis=-1)
+
+
+def _level(model: Read, pixels: np.ndarray) -> None:
+    """Scale image tokens and embeddings to a mean square of 1; the lessons saw neither's size.
+
+    One that is much the smaller is lost in what the layers add to it.
+    """
+    tokens = model.projector(model.clip(normalize_clip(pixels)))
+    last = model.projector.layers[-1]
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(tokens)))
+    nnx.update(last, jax.tree.map(lambda x: x * scale, nnx.state(last)))
+    table = model.llama.embed_tokens.embedding
+    table[...] = table[...] * jax.lax.rsqrt(jnp.mean(jnp.square(table[...])))
+
+
+def _loss(logits: dict[str, Array], centres: Array, lesson: Lesson) -> tuple[Array, Array]:
     """The loss, and the share of rightly named cells per kind of class, float32 [5]."""
-    total, right, at = jnp.float32(0), [], 0
-    for kind, (name, names) in enumerate(CLASSES.items()):
-        logits = outputs[..., at : at + len(names)]
-        at += len(names)
+    total, right = jnp.float32(0), []
+    for kind, name in enumerate(CLASSES):
         wanted = lesson.classes[..., kind].astype(jnp.int32)
         counts = wanted >= 0
         number = jnp.maximum(jnp.sum(counts), 1)
-        each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(wanted, 0))
+        each = optax.losses.softmax_cross_entropy_with_integer_labels(logits[name], jnp.maximum(wanted, 0))
         total += _WEIGHTS[name] * jnp.sum(jnp.where(counts, each, 0.0)) / number
-        right.append(jnp.sum((jnp.argmax(logits, axis=-1) == wanted) & counts) / number)
+        right.append(jnp.sum((jnp.argmax(logits[name], axis=-1) == wanted) & counts) / number)
     shown = lesson.classes[..., -1] == 1
-    miss = jnp.sum(jnp.abs(outputs[..., at:] - lesson.centres), axis=-1)
+    miss = jnp.sum(jnp.abs(centres - lesson.centres), axis=-1)
     total += jnp.sum(jnp.where(shown, miss, 0.0)) / jnp.maximum(jnp.sum(shown), 1)
     return total, jnp.stack(right)
+
+
+def _means(ids: list[list[int]], vocabulary: int) -> Array:
+    """float32 [classes, V]: row i averages the words of class i."""
+    mean = np.zeros((len(ids), vocabulary), np.float32)
+    for row, words in zip(mean, ids, strict=True):
+        row[words] = 1 / len(words)
+    return jnp.asarray(mean)
 
 
 def _scores(right: Array) -> dict[str, float]:

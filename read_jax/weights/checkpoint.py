@@ -26,6 +26,9 @@ from read_jax.weights.tables import model_table
 
 FORMAT = 1
 CONFIG, PARAMS, UPSTREAM = "config.json", "params", "upstream"
+BUNDLED = ("nano",)
+"""Models that come with the package, by name: nano is of `configs/nano_scenes.py`."""
+BUNDLED_MODELS = Path(__file__).parent.parent / "bundled"
 BUFFERS = "buffers.safetensors"
 
 
@@ -67,11 +70,22 @@ def is_model_folder(folder: Path) -> bool:
     return isinstance(data, dict) and "read_jax_version" in data
 
 
+def model_folder(model_dir: str | Path) -> Path:
+    """The folder of that path, or the package's own model of that name; a folder at hand goes first.
+
+    Raises `CheckpointError` when there is neither.
+    """
+    folder = Path(model_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(model_dir) in BUNDLED and (BUNDLED_MODELS / str(model_dir)).is_dir():
+        return BUNDLED_MODELS / str(model_dir)
+    raise CheckpointError(f"no model folder at {folder}. Make one with: read-jax convert")
+
+
 def load_record(model_dir: str | Path) -> ModelRecord:
     """Read and check a model folder's config.json."""
-    folder = Path(model_dir).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"no model folder at {folder}. Make one with: read-jax convert")
+    folder = model_folder(model_dir)
     path = folder / CONFIG
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -166,7 +180,7 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
     import orbax.checkpoint as ocp
 
     record = load_record(model_dir)
-    folder = Path(model_dir).expanduser().resolve() / PARAMS
+    folder = model_folder(model_dir).resolve() / PARAMS
     stored = store.DTYPES[record.dtype]
     store.check_params(folder, model_leaves(record.config), stored)
     if shardings is None:
@@ -223,7 +237,7 @@ def inspect(model_dir: str | Path) -> ModelInfo:
     """Describe a model folder, after checking that its files are all there; reads no weights."""
     from read_jax.text.tokenizer import Tokenizer
 
-    folder = Path(model_dir).expanduser()
+    folder = model_folder(model_dir)
     record = load_record(folder)
     leaves = model_leaves(record.config)
     dtype = np.dtype(store.DTYPES[record.dtype])

@@ -86,7 +86,7 @@ def export(
         raise CheckpointError(f"unknown format {format!r}; known: {', '.join(_STEMS)}.")
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes must be positive, not {max_shard_bytes}.")
-    model_dir, output = Path(model_dir).expanduser(), Path(output).expanduser()
+    model_dir, output = checkpoint.model_folder(model_dir), Path(output).expanduser()
     record = checkpoint.load_record(model_dir)
     check_output(
         output,

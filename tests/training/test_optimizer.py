@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -56,9 +57,30 @@ def test_updates_are_torchs(limit):
         np.testing.assert_allclose(params["w"], weight.detach().numpy(), rtol=1e-6, atol=1e-8)
 
 
+def test_muon_moves_matrices_in_every_direction_alike_and_the_rest_by_adamw():
+    rng = np.random.default_rng(0)
+    names = ("mlp.up_proj.kernel", "stack.kernel", "lm_head.kernel", "embed.embedding", "norm.scale")
+    shapes = ((6, 12), (2, 4, 12), (6, 8), (6, 8), (8,))
+    gradients = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in zip(names, shapes, strict=True)}
+    params = jax.tree.map(jnp.zeros_like, gradients)
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_updates=0, clip_norm=1e9)
+    adamw = optax.adamw(1e-2, b2=config.b2, weight_decay=0.0, nesterov=True)
+    moves, others = (
+        optimizer.update(gradients, optimizer.init(params), params)[0]
+        for optimizer in (make_optimizer(config), adamw)
+    )
+    for name in names[2:]:
+        np.testing.assert_allclose(moves[name], others[name], rtol=1e-5)
+    for name in names[:2]:
+        stretch = np.linalg.svd(moves[name], compute_uv=False)
+        assert stretch.min() > 0.5 * stretch.max()  # the gradient's differ far more
+        assert np.sqrt(np.mean(np.square(moves[name]))) == pytest.approx(0.2 * 1e-2, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        ({"name": "sgd"}, "adamw, muon"),
         ({"schedule": "cosine"}, "linear, deepspeed, constant"),
         ({"warmup_updates": 9, "total_updates": 9}, "between 0 and total_updates"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from read_jax.config import ClipVisionConfig
+from read_jax.config import ClipVisionConfig, SaspConfig
 from read_jax.data.mixture import load_mixture
 from read_jax.data.prompts import SHORT_TEMPLATES
 from read_jax.data.scenes import Scenes
 from read_jax.data.scenes.wording import VOCABULARY
 from read_jax.errors import ConfigError
 from read_jax.models.clip import ClipVision
+from read_jax.models.read import Read
 from read_jax.text.conversation import render
 from read_jax.text.targets import mask_targets
 from read_jax.training import teaching
@@ -22,7 +24,7 @@ from read_jax.training.config import StartConfig, TeachingConfig, load_config
 from read_jax.training.initial import mimetic_attention, position_codes, whiten_patches
 from read_jax.training.run import prepare
 from read_jax.training.scratch import fixed_texts, make_tokenizer, texts
-from read_jax.training.teaching import CLASSES, make_lesson, teach_vision
+from read_jax.training.teaching import CLASSES, class_words, make_lesson, teach
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly", "short_exam")
 
@@ -143,10 +145,7 @@ def test_a_lesson_points_to_the_centre():
     there = [CLASSES["shape"].index(thing.shape), CLASSES["colour"].index(thing.colour)]
     cells = np.flatnonzero((lesson.classes[:, :2] == there).all(axis=1))
     assert len(cells)
-    for cell in cells:
-        row, column = divmod(int(cell), VISION.grid_size)
-        x = (column + 0.5) / VISION.grid_size + lesson.centres[cell, 0] / 4
-        y = (row + 0.5) / VISION.grid_size + lesson.centres[cell, 1] / 4
+    for x, y in 0.5 + lesson.centres[cells] / 4:
         assert x * side + (width - side) // 2 == pytest.approx(thing.x / 64, abs=0.1)
         assert y * side + (height - side) // 2 == pytest.approx(thing.y / 64, abs=0.1)
 
@@ -154,18 +153,28 @@ def test_a_lesson_points_to_the_centre():
 LESSONS = TeachingConfig(updates=12, batch=4, warmup_updates=2)
 
 
-def tower() -> ClipVision:
-    return ClipVision(VISION, rngs=nnx.Rngs(0))
+NUMBERS = itertools.count(3)
+WORDS = {kind: [[next(NUMBERS)] for _ in names] for kind, names in CLASSES.items() if kind != "anything"}
+WORD_COUNT = next(NUMBERS)
 
 
-def leaves(clip: ClipVision) -> list[np.ndarray]:
-    return [np.asarray(leaf[...]) for _, leaf in nnx.to_flat_state(nnx.state(clip))]
+def pupil(vision: ClipVisionConfig = VISION) -> Read:
+    scratch = load_config("nano_scenes:runlocal", []).start.scratch
+    llama = dataclasses.replace(scratch.llama, vocab_size=WORD_COUNT)
+    return Read(
+        dataclasses.replace(scratch, clip=vision, llama=llama, sasp=SaspConfig(enabled=False)),
+        rngs=nnx.Rngs(0),
+    )
 
 
-def test_lessons_that_were_interrupted_end_with_the_same_tower(tmp_path, monkeypatch):
+def leaves(model: Read) -> list[np.ndarray]:
+    return [np.asarray(leaf[...]) for _, leaf in nnx.to_flat_state(nnx.state(model))]
+
+
+def test_lessons_that_were_interrupted_end_with_the_same_eyes(tmp_path, monkeypatch):
     monkeypatch.setattr(teaching, "_EVERY", 5)
-    whole, parts = tower(), tower()
-    teach_vision(whole, LESSONS, tmp_path / "whole.npz")
+    whole, parts = pupil(), pupil()
+    teach(whole, WORDS, LESSONS, tmp_path / "whole.npz")
     real, calls = teaching._save, []
 
     def killed(path, step, state, settings):
@@ -176,9 +185,9 @@ def test_lessons_that_were_interrupted_end_with_the_same_tower(tmp_path, monkeyp
     monkeypatch.setattr(teaching, "_save", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            teach_vision(parts, LESSONS, tmp_path / "parts.npz")
+            teach(parts, WORDS, LESSONS, tmp_path / "parts.npz")
     monkeypatch.setattr(teaching, "_save", real)
-    teach_vision(parts, LESSONS, tmp_path / "parts.npz")
+    teach(parts, WORDS, LESSONS, tmp_path / "parts.npz")
     assert calls == [5, 10]
     for ours, theirs in zip(leaves(parts), leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -189,19 +198,44 @@ def test_lessons_that_were_interrupted_end_with_the_same_tower(tmp_path, monkeyp
 )
 def test_a_damaged_file_of_lessons_begins_them_anew(tmp_path, capsys, damage):
     file = tmp_path / "lessons.npz"
-    teach_vision(tower(), LESSONS, file)
+    teach(pupil(), WORDS, LESSONS, file)
     file.write_bytes(damage(file.read_bytes()))
-    anew = tower()
-    teach_vision(anew, LESSONS, file)
+    anew = pupil()
+    teach(anew, WORDS, LESSONS, file)
     assert "begin anew" in capsys.readouterr().err
-    assert not np.array_equal(leaves(anew)[0], leaves(tower())[0])
+    assert not np.array_equal(leaves(anew)[0], leaves(pupil())[0])
 
 
-def test_lessons_of_another_tower_are_not_taken(tmp_path, capsys):
-    teach_vision(tower(), LESSONS, tmp_path / "lessons.npz")
+def test_lessons_of_another_model_are_not_taken(tmp_path, capsys):
+    teach(pupil(), WORDS, LESSONS, tmp_path / "lessons.npz")
     larger = dataclasses.replace(VISION, hidden_size=32)
-    teach_vision(ClipVision(larger, rngs=nnx.Rngs(0)), LESSONS, tmp_path / "lessons.npz")
+    teach(pupil(larger), WORDS, LESSONS, tmp_path / "lessons.npz")
     assert "of other lessons" in capsys.readouterr().err
+
+
+def test_every_class_of_the_lessons_has_words(tokenizer):
+    words = class_words(tokenizer)
+    assert {kind: len(ids) for kind, ids in words.items()} == {
+        kind: len(names) for kind, names in CLASSES.items() if kind != "anything"
+    }
+    of_cup = words["shape"][CLASSES["shape"].index("cup")]
+    assert [tokenizer.decode([i]) for i in of_cup] == ["cup", "mug", "cups", "mugs"]
+
+
+def test_lessons_without_words_are_said():
+    poor = make_tokenizer(["nothing of the kind"], 400)
+    with pytest.raises(ConfigError, match="needs a word for shape"):
+        class_words(poor)
+
+
+def test_the_embeddings_of_the_words_learn_and_no_others(tmp_path):
+    model = pupil()
+    teach(model, WORDS, LESSONS, tmp_path / "lessons.npz")
+    before, after = (np.asarray(m.llama.embed_tokens.embedding[...]) for m in (pupil(), model))
+    # all are scaled alike; those that learned have turned
+    cosine = np.sum(before * after, axis=1) / np.linalg.norm(before, axis=1) / np.linalg.norm(after, axis=1)
+    assert np.flatnonzero(cosine < 1 - 1e-5).tolist() == [i for ids in WORDS.values() for (i,) in ids]
+    np.testing.assert_allclose(np.mean(np.square(after)), 1.0, rtol=1e-5)
 
 
 def test_teaching_is_for_new_models():

@@ -116,6 +116,29 @@ def test_every_trainable_leaf_but_the_iou_head_and_unused_mask_tokens_learns(pla
     assert all("iou_" in path or "hypernetworks" in path for path in still), still
 
 
+def test_first_tokens_of_denials_weigh_as_much_as_those_of_affirmations(tiny, four):
+    packer, graphdef, params, frozen = tiny
+    weights = LossWeights(ce=0.0, bce=0.0, dice=0.0, first_token=1.0)
+    of = jax.jit(
+        make_gradients(graphdef, packer.prefix_ids, packer.image_start, weights, StepConfig(remat=False), 1)
+    )
+
+    def loss(*denied):
+        exists = np.ones_like(four.exists)
+        exists[tuple(np.transpose(denied))] = False
+        return float(of(params, frozen, four._replace(exists=exists), jax.random.key(0))[1].first_token)
+
+    asked = np.argwhere(np.asarray(four.lengths) > 0)
+    number = len(asked)
+    first, second = map(tuple, asked[:2])
+    mean = 2 * loss(*asked)  # nothing is affirmed
+    # 2 loss = denial + (total - denial) / (number - 1), solved for the denial
+    one, other = ((2 * loss(q) * (number - 1) - mean * number) / (number - 2) for q in (first, second))
+    both = (one + other) / 2 + (mean * number - one - other) / (number - 2)
+    assert 2 * loss(first, second) == pytest.approx(both, rel=1e-4)
+    assert one != pytest.approx(other, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def stepper(tiny, four):
     """(step, initial state, frozen), with dropout, an average and a limit of the gradient's norm."""

@@ -128,6 +128,14 @@ class Speaker:
         return " ".join(part for part in parts if part)
 
 
+def words_for(kind: str, value: str) -> Ways:
+    """The words that say that a thing's "shape", "colour", "size" or "pattern" is of that value."""
+    if kind == "shape":
+        names = _NAMES[value]
+        return (*names, *(_PLURALS.get(name, name + "s") for name in names))
+    return _SIZES[value] if kind == "size" else (value,)
+
+
 def _vocabulary() -> tuple[str, ...]:
     groups = itertools.chain(
         _NAMES.values(),

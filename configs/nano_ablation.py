@@ -1,0 +1,25 @@
+"""What Similarity as Points is worth to the nano model: its masks learned anew, in a few hundred updates.
+
+`tests/benchmarks/ablation.py` runs it with points off, at whole cells, and moved to their expectation, three
+seeds each, from a nano model that answers but has not yet learned to draw masks.
+
+Expected: no score of the paper's; what was measured is a table in `tests/benchmarks/RESULTS.md`.
+"""
+
+from ml_collections import ConfigDict
+
+from read_jax.training.config import StartConfig, recipe
+
+
+def get_config() -> ConfigDict:
+    config = recipe("nano_scenes")
+    config.start = ConfigDict(StartConfig(model="nano").to_dict())
+    config.masks_from = 0
+    config.data.rates = {"scenes|train": 1.0}
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_updates = 20
+    config.optimizer.total_updates = 300
+    config.step.ema_decay = 0.98
+    config.validation.every = 300
+    config.checkpoints.every = 300
+    return config
