@@ -1,4 +1,4 @@
-"""The tiny checkpoint that comes with the code does what the README's first command promises."""
+"""The tiny checkpoint that comes with the code is converted, and answers rightly."""
 
 from __future__ import annotations
 

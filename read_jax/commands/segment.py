@@ -76,7 +76,7 @@ def _segment(arguments: argparse.Namespace) -> None:
     from read_jax.inference.request import check_sampling, prepare_prompt
     from read_jax.text.conversation import check_question, get_template
     from read_jax.text.tokenizer import Tokenizer
-    from read_jax.weights.checkpoint import UPSTREAM, load_config
+    from read_jax.weights.checkpoint import UPSTREAM, load_config, model_folder
     from read_jax.weights.folders import terminate_politely
 
     settings = {
@@ -95,7 +95,7 @@ def _segment(arguments: argparse.Namespace) -> None:
         check_question(prompt)
     output = ResultFolder(arguments.output, header, overwrite=arguments.overwrite)
     config = load_config(arguments.model)
-    tokenizer = Tokenizer.load(Path(arguments.model).expanduser() / UPSTREAM)
+    tokenizer = Tokenizer.load(model_folder(arguments.model) / UPSTREAM)
     for prompt in arguments.prompts:
         prepare_prompt(prompt, template, config, tokenizer)
     for path in arguments.images:

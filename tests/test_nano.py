@@ -1,0 +1,56 @@
+"""The model that comes with the package: there by its name, small, and able to do what the README shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import read_jax
+from read_jax.data import load_source
+from read_jax.errors import CheckpointError
+from read_jax.weights.checkpoint import BUNDLED_MODELS, load_record, model_folder
+
+DATA = Path(__file__).parent / "data"
+SCENE = 3  # of scenes|test: the picture in the README
+LIMIT = 15_000_000  # bytes
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return read_jax.load("nano")
+
+
+def test_it_is_found_by_its_name_and_small():
+    folder = model_folder("nano")
+    assert folder == BUNDLED_MODELS / "nano"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < LIMIT
+    assert load_record("nano").source["trained_updates"] > 0
+
+
+def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert model_folder("nano") == Path("nano")
+
+
+def test_another_name_is_no_model():
+    with pytest.raises(CheckpointError, match="no model folder at nanoo"):
+        model_folder("nanoo")
+
+
+@pytest.mark.parametrize("words", ["{}", "What is {} in this image? Please output segmentation mask."])
+def test_it_segments_what_is_there_and_denies_what_is_not(nano, words):
+    diamond, ball = nano.segment_batch(
+        [
+            (DATA / "drawn.png", words.format("the blue diamond")),
+            (DATA / "drawn.png", words.format("the red ball")),
+        ]
+    )
+    item = load_source("scenes|test")[SCENE]
+    wanted = item.masks[[q.phrase for q in item.queries].index("blue diamond")] == 1
+    assert diamond.present and diamond.masks.shape == (1, *wanted.shape)
+    both, either = (np.sum(f(diamond.masks[0], wanted)) for f in (np.logical_and, np.logical_or))
+    assert both / either > 0.7
+    assert not ball.present and "There is no" in ball.text
