@@ -3,7 +3,7 @@
 `tests/benchmarks/ablation.py` runs it with points off, at whole cells, and moved to their expectation, three
 seeds each, from a nano model that answers but has not yet learned to draw masks.
 
-Expected: no score of the paper's; what was measured is a table in `tests/benchmarks/RESULTS.md`.
+Expected: no score is known yet.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 It is `nano_scenes` with a few lessons, the easiest scenes (two or three things, and their attributes) and
 masks from the beginning.
 
-Expected: no score to compare with; what five minutes gave is measured in `tests/benchmarks/RESULTS.md`.
+Expected: no score is known yet.
 """
 
 from ml_collections import ConfigDict

@@ -15,6 +15,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
+from jax.tree_util import tree_leaves_with_path
 
 from read_jax.config import READ_PRESETS, ReadConfig, SamConfig
 from read_jax.errors import ConfigError
@@ -38,6 +39,7 @@ from read_jax.sharding import (
 )
 from read_jax.training.config import TINY
 from read_jax.training.lora import TARGETS, LoraConfig, add_adapters
+from read_jax.training.optimizer import OptimizerConfig, make_optimizer
 from read_jax.weights.checkpoint import model_leaves
 
 LARGE = 4 << 20
@@ -94,7 +96,9 @@ def test_a_model_is_placed_by_the_paths_of_its_own():
 
 
 def test_every_rule_is_of_use():
-    found = shapes_of(ReadConfig.preset("read-7b"))
+    moments = make_optimizer(OptimizerConfig(name="muon")).init({"kernel": jnp.zeros((2, 2))})
+    of_muon = [jax.tree_util.keystr(path[-1:], simple=True) for path, _ in tree_leaves_with_path(moments)]
+    found = [*shapes_of(ReadConfig.preset("read-7b")), *of_muon]
     for pattern, names in RULES:
         assert any(fnmatch.fnmatchcase(path, pattern) for path in found), pattern
         assert names == "..." or set(names.split()) <= set(TABLE)
