@@ -1,5 +1,6 @@
 """Shared fixtures, what a run's processes share, and how long a test may take.
 
+Property tests try the same cases in every run; `pytest --hypothesis-profile=default` tries new ones.
 Set READ_JAX_GOLDENS and READ_JAX_FIXTURES to the folders of the big reference data to run those checks. What
 is compiled is kept for the run, in a temporary folder; JAX_COMPILATION_CACHE_DIR names one that stays.
 """
@@ -13,6 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 HOURS = 2 * 3600
 """Seconds that a slow test may take."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -16,7 +17,7 @@ from read_jax.data.recipes import RECIPES
 from read_jax.data.sources import FAMILIES
 from read_jax.errors import ConfigError
 from read_jax.models.read import Read
-from read_jax.training.config import load_config, recipe, recipe_names, recipes_folder
+from read_jax.training.config import StartConfig, load_config, recipe, recipe_names, recipes_folder
 from read_jax.training.lora import add_adapters
 from read_jax.training.optimizer import make_optimizer
 from read_jax.training.step import init_state, split_model
@@ -111,6 +112,9 @@ def test_the_ablations_differ_from_the_recipe_in_one_thing():
     off, discrete = load_config("ablation_sasp_off"), load_config("ablation_sasp_discrete")
     assert not off.start.sasp_config(SaspConfig()).enabled
     assert not discrete.start.sasp_config(SaspConfig()).continuous
+    few = SaspConfig(num_points=10, down_sample=1)  # a model's own points, at whole cells and as they were
+    assert StartConfig(continuous=False).sasp_config(few) == dataclasses.replace(few, continuous=False)
+    assert StartConfig().sasp_config(dataclasses.replace(few, continuous=False)).continuous is False
     for other in (off, discrete, *(load_config(f"ablation_sam_{size}") for size in "blh")):
         assert (other.data, other.optimizer, other.losses) == (base.data, base.optimizer, base.losses)
 

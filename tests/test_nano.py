@@ -29,9 +29,11 @@ def test_it_is_found_by_its_name_and_small():
     assert load_record("nano").source["trained_updates"] > 0
 
 
-def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
+def test_a_model_folder_of_that_name_goes_first_and_any_other_folder_does_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nano").mkdir()
+    assert model_folder("nano") == BUNDLED_MODELS / "nano"
+    (tmp_path / "nano" / "config.json").write_text('{"read_jax_version": "1"}')
     assert model_folder("nano") == Path("nano")
 
 

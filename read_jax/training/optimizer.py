@@ -102,6 +102,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "muon":
         move = optax.contrib.muon(
             rate,
+            eps=config.eps,
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,

@@ -71,16 +71,20 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def model_folder(model_dir: str | Path) -> Path:
-    """The folder of that path, or the package's own model of that name; a folder at hand goes first.
+    """The folder of that path, or the package's own model of that name; a model folder at hand goes first.
 
     Raises `CheckpointError` when there is neither.
     """
     folder = Path(model_dir).expanduser()
+    # another folder that happens to be called so does not stand in the way
+    if str(model_dir) in BUNDLED and not is_model_folder(folder):
+        return BUNDLED_MODELS / str(model_dir)
     if folder.is_dir():
         return folder
-    if str(model_dir) in BUNDLED and (BUNDLED_MODELS / str(model_dir)).is_dir():
-        return BUNDLED_MODELS / str(model_dir)
-    raise CheckpointError(f"no model folder at {folder}. Make one with: read-jax convert")
+    raise CheckpointError(
+        f"no model folder at {folder}. Make one with: read-jax convert; or use {BUNDLED[0]}, the small model "
+        "that comes with the package."
+    )
 
 
 def load_record(model_dir: str | Path) -> ModelRecord:

@@ -21,7 +21,13 @@ from read_jax.text.conversation import render
 from read_jax.text.targets import mask_targets
 from read_jax.training import teaching
 from read_jax.training.config import StartConfig, TeachingConfig, load_config
-from read_jax.training.initial import mimetic_attention, position_codes, whiten_patches
+from read_jax.training.initial import (
+    mimetic_attention,
+    position_codes,
+    seek_tokens,
+    whiten_patches,
+    word_to_token,
+)
 from read_jax.training.run import prepare
 from read_jax.training.scratch import fixed_texts, make_tokenizer, texts
 from read_jax.training.teaching import CLASSES, class_words, make_lesson, teach
@@ -109,6 +115,20 @@ def test_mimetic_attention_looks_at_like_tokens():
     x = np.random.default_rng(0).normal(size=(200, 16))
     scores = (x @ q) @ (x @ k).T
     assert np.mean(np.diag(scores)) > 3 * np.mean(np.abs(scores - np.diag(np.diag(scores))))
+
+
+def test_words_look_for_the_tokens_that_resemble_their_rotation_and_not_for_themselves():
+    model, rotation = pupil(), word_to_token(64, seed=1)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(64), atol=1e-5)
+    seek_tokens(model.llama, rotation, seed=1, gain=4.0)
+    q, k = (getattr(model.llama.layers.attn, name).kernel[...] for name in ("q_proj", "k_proj"))
+    words = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
+    for layer in range(len(q)):
+        asked = words @ np.asarray(q[layer])
+        to_tokens, to_words = (asked @ (x @ np.asarray(k[layer])).T for x in (words @ rotation, words))
+        others = np.std(to_tokens - np.diag(np.diag(to_tokens)))
+        assert np.mean(np.diag(to_tokens)) > 3 * others
+        assert abs(np.mean(np.diag(to_words))) < others
 
 
 def test_a_lesson_names_what_lies_in_each_cell():
