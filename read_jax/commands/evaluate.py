@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from read_jax.commands.shared import Progress, command
+from read_jax.commands.shared import Progress, add_processes, command, join_processes
 
 
 def add_evaluate(commands: Any) -> None:
@@ -71,6 +71,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--compare", metavar="OTHER", help="the OUT of another run: print the two side by side, paired"
     )
+    add_processes(parser)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -81,6 +82,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.compare:
         check_comparable(arguments.compare, arguments.dataset)
+    join_processes(arguments)
 
     def advance(done: int, total: int, what: str) -> None:
         progress.label("evaluating")

@@ -17,6 +17,32 @@ def command(commands: Any, name: str, run: Any, summary: str, details: str = "")
     return parser
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Options by which several processes become one job; see `join_processes`."""
+    group = parser.add_argument_group(
+        "several processes",
+        "One job on several machines: the same command on each of them. The folder must be one that all "
+        "of them see.",
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the others by what the cluster tells (TPU pod, Slurm, Kubernetes, Open MPI)",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="or: where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Join the job that the options name, if any; before JAX is asked for its devices."""
+    given = (arguments.coordinator, arguments.processes, arguments.process)
+    if arguments.distributed or given != (None, None, None):
+        from read_jax.processes import join
+
+        join(*given)
+
+
 class Progress:
     """A progress bar on standard error, only on a terminal; called as `progress(done, total)`."""
 

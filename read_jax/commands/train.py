@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from read_jax.commands.shared import Progress, command
+from read_jax.commands.shared import Progress, add_processes, command, join_processes
 
 _PREFIX = "--config."
 
@@ -22,6 +22,7 @@ def add_train(commands: Any) -> None:
     )
     _add_config(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    add_processes(parser)
 
 
 def add_cache(commands: Any) -> None:
@@ -88,6 +89,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from read_jax.training.loop import AGAIN, train
 
     config = load_config(arguments.config, arguments.changes)
+    join_processes(arguments)
     outcome = train(config, arguments.workdir)
     return AGAIN if outcome.stopped else 0
 

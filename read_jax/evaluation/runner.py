@@ -25,6 +25,7 @@ from read_jax.evaluation.report import MARKDOWN, PAGE, SUMMARY, write_report
 from read_jax.evaluation.summary import summarize
 from read_jax.inference.request import check_sampling
 from read_jax.inference.segmenter import default_images_per_batch, load
+from read_jax.processes import rank, wait_for_all
 from read_jax.text.conversation import get_template
 from read_jax.weights.checkpoint import load_record
 
@@ -116,7 +117,7 @@ def evaluate(
         "dtype": dtype or model.dtype,
         "read_jax_version": read_jax.__version__,
     }
-    host, hosts = _hosts()
+    host, hosts = rank()
     environment = {
         "model": Path(model_dir).resolve().name,
         "device": jax.devices()[0].device_kind,
@@ -144,7 +145,7 @@ def evaluate(
                 check=lambda records: check_readable(records, total, max_bad),  # as soon as it is clear
                 progress=progress,
             )
-    _wait_for_hosts()
+    wait_for_all("the answers")
     header, records = read_records(output)
     if len(records) != total:
         raise DataError(
@@ -213,16 +214,3 @@ def check_readable(records: Iterable[Mapping[str, Any]], total: int, max_bad: fl
         f"{listed}{'; ...' if len(bad) > 3 else ''} Repair them and run again to go on, or allow more with "
         "--max-bad."
     )
-
-
-def _hosts() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    return jax.process_index(), jax.process_count()
-
-
-def _wait_for_hosts() -> None:
-    """Until every host has written down its share."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("read_jax.evaluation")

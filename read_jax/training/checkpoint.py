@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from read_jax.errors import CheckpointError, ConfigError
+from read_jax.processes import is_first, wait_for_all
 from read_jax.training.config import CheckpointConfig, TrainConfig
 from read_jax.training.step import TrainState
 
@@ -222,8 +223,10 @@ class Checkpoints:
         aside = self._folder.parent / "damaged"
         aside.mkdir(exist_ok=True)
         target = aside / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        (self._folder / str(step)).rename(target)
+        if is_first():
+            shutil.rmtree(target, ignore_errors=True)
+            (self._folder / str(step)).rename(target)
+        wait_for_all(f"{step} set aside")
         self._manager.reload()
         self._say(f"moved it to {target}.")
 

@@ -7,6 +7,9 @@ All of it lies in the run's folder:
     log.txt           what happened, in words
     pictures/         answers of the validation
     tensorboard/      the same numbers and pictures
+
+Of several processes the first writes all of it, and each of the others its own metrics-00001.jsonl,
+examples-00001.jsonl (its share of the pictures) and log-00001.txt.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from read_jax.errors import ConfigError
 from read_jax.files import write_file
+from read_jax.processes import is_first
 from read_jax.training.config import LogConfig
 from read_jax.training.validation import Picture, save_pictures
 
@@ -47,28 +52,35 @@ class RunLog:
         from tqdm import tqdm
 
         self._workdir = workdir
-        for name in (METRICS, EXAMPLES):
+        metrics, examples, words = (_own(name) for name in (METRICS, EXAMPLES, LOG))
+        for name in (metrics, examples):
             rewind(workdir / name, step)
-        self._metrics = open(workdir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._examples = open(workdir / EXAMPLES, "a", encoding="utf-8")  # noqa: SIM115
-        self._words = open(workdir / LOG, "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = open(workdir / metrics, "a", encoding="utf-8")  # noqa: SIM115
+        self._examples = open(workdir / examples, "a", encoding="utf-8")  # noqa: SIM115
+        self._words = open(workdir / words, "a", encoding="utf-8")  # noqa: SIM115
         self._events: Any = None
         self._wandb: Any = None
-        if config.tensorboard:
+        if config.tensorboard and is_first():
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        if config.wandb:
+        if config.wandb and is_first():
             self._wandb = _start_wandb(workdir, config.wandb, settings)
         self._bar = tqdm(
-            desc="training", unit="update", initial=step, total=total, file=sys.stderr, disable=None
+            desc="training",
+            unit="update",
+            initial=step,
+            total=total,
+            file=sys.stderr,
+            disable=None if is_first() else True,
         )
 
     def say(self, text: str) -> None:
         """A line for people, on the screen and in log.txt."""
         stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         _line(self._words, f"{stamp} {text}")
-        self._bar.write(text, file=sys.stderr)
+        if is_first():
+            self._bar.write(text, file=sys.stderr)
 
     def used(self, step: int, keys: Sequence[str]) -> None:
         """The pictures that update `step` is made of."""
@@ -87,7 +99,8 @@ class RunLog:
     def validation(self, step: int, scores: Mapping[str, float], pictures: list[Picture]) -> None:
         """The scores after `step` updates."""
         _line(self._metrics, json.dumps({"step": step, "validation": _plain(scores)}))
-        save_pictures(self._workdir / PICTURES / f"{step:07d}", pictures)
+        if is_first():
+            save_pictures(self._workdir / PICTURES / f"{step:07d}", pictures)
         self._scalars("validation", step, scores)
         for picture in pictures if self._events else ():
             self._events.add_image(picture.name, picture.pixels, step, dataformats="HWC")
@@ -111,6 +124,12 @@ class RunLog:
             self._events.flush()
         if self._wandb:
             self._wandb.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
+
+
+def _own(name: str) -> str:
+    """The file of that name of this process: of the first, the name itself."""
+    path = Path(name)
+    return name if is_first() else f"{path.stem}-{jax.process_index():05d}{path.suffix}"
 
 
 def rewind(path: Path, step: int) -> None:

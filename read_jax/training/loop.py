@@ -29,6 +29,7 @@ import numpy as np
 
 from read_jax.errors import ReadJaxError
 from read_jax.files import write_file
+from read_jax.processes import Agreement, from_shares, is_first
 from read_jax.training.checkpoint import Checkpoints
 from read_jax.training.config import TrainConfig
 from read_jax.training.flops import peak, train_step_flops
@@ -67,7 +68,8 @@ def train(config: TrainConfig, workdir: str | Path) -> Outcome:
     """
     workdir = Path(workdir).expanduser().absolute()
     run, state = prepare(config, workdir)
-    write_file(workdir / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    if is_first():
+        write_file(workdir / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
     said: list[str] = []
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoints, run.identity, said.append)
     restored = checkpoints.restore(state)
@@ -108,12 +110,13 @@ def _updates(
     total = config.total_updates
     scores: dict[str, float] = {}
     saved = step
-    while step < total and not stopping():
+    agreed = Agreement()
+    while step < total and not agreed(stopping()):
         # data
         try:
             with watch.waiting():
                 batch = next(run.loader)
-                arrays = jax.device_put(batch.arrays, run.sharding)
+                arrays = from_shares(run.sharding, batch.arrays)
         except ReadJaxError:
             watch.flush()
             if step != saved:
@@ -207,13 +210,14 @@ class _Watch:
     def _account(self, values: dict[str, float], batch: Any) -> None:
         lengths = batch.arrays.lengths
         self._updates += 1
-        self._tokens += float(np.sum(lengths)) + len(lengths) * len(self._run.prefix_ids)
-        self._flops += train_step_flops(
+        # the others' shares are about as long
+        self._tokens += jax.process_count() * (np.sum(lengths) + len(lengths) * len(self._run.prefix_ids))
+        self._flops += jax.process_count() * train_step_flops(
             self._run.model_config,
             self._config.trainable,
             len(self._run.prefix_ids),
             lengths,
-            int(values["masks"]),
+            int(values["masks"]) // jax.process_count(),
             encoders=not self._config.data.features,
         )
 

@@ -20,6 +20,7 @@ from read_jax.data.pipeline import TrainingLoader
 from read_jax.data.prompts import templates_named
 from read_jax.data.sources import load_source
 from read_jax.errors import ConfigError
+from read_jax.processes import from_equals, is_first, share_of_rows, wait_for_all
 from read_jax.sharding import (
     batch_devices,
     batch_sharding,
@@ -100,12 +101,12 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
     if config.lora:
         add_adapters(model.llama, config.lora, nnx.Rngs(config.start.seed))
     graphdef, params, frozen = split_model(model, config.trainable)
-    params = jax.device_put(params, tree_shardings(params, mesh))  # the adapters
+    params = from_equals(tree_shardings(params, mesh), params)  # the adapters
     del model
     optimizer = make_optimizer(config.optimizer)
     state = init_state(params, optimizer, config.step)
     places = tree_shardings(state, mesh)
-    state = jax.device_put(state, places)
+    state = from_equals(places, state)
 
     def compiled(weights: LossWeights) -> Callable[..., Any]:
         step = make_train_step(
@@ -130,10 +131,13 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
             limit=config.validation.limit,
             pictures=config.validation.pictures,
         )
+    index, hosts = share_of_rows(shared, config.data.global_batch)
     loader = TrainingLoader(
         mixture,
         packer,
         config.data.global_batch,
+        host_index=index,
+        host_count=hosts,
         workers=config.data.workers,
         buffer=config.data.buffer,
         max_bad_share=config.data.max_bad_share,
@@ -187,8 +191,9 @@ def base_model(config: TrainConfig, mixture: Mixture, workdir: Path) -> tuple[Pa
         raise ConfigError("start names no model folder: set start.model (or start.scratch, a new model).")
     folder = model_folder(start.model).absolute() if start.model else workdir / START
     workdir.mkdir(parents=True, exist_ok=True)
-    if start.scratch is not None and not folder.exists():
+    if start.scratch is not None and is_first() and not folder.exists():
         write_scratch(folder, start, mixture, config.data.template, workers=config.data.workers)
+    wait_for_all("the model to start from")
     record = load_record(folder)
     if start.scratch is not None:
         check_scratch(folder, record, start)

@@ -18,7 +18,8 @@ from read_jax.data.packing import Batch, Packer
 from read_jax.data.pipeline import EvaluationLoader
 from read_jax.evaluation.metrics import MaskCounts, SegmentationMetrics
 from read_jax.images.drawing import draw_comparison, draw_similarity
-from read_jax.sharding import on_mesh
+from read_jax.processes import from_equals, several
+from read_jax.sharding import on_mesh, replicated
 from read_jax.training.objective import (
     LossWeights,
     count,
@@ -144,7 +145,9 @@ class Validator:
             counts, masks, points, labels, similarity = map_pictures(of_picture, parts, abreast)
             return Scored(counts, masks, points, labels, similarity, losses.ce, begun)
 
-        self._score = jax.jit(on_mesh(score, sharding.mesh))
+        # every process makes the whole of the batch, and gets the whole of the answer
+        whole = replicated(sharding.mesh) if several() else None
+        self._score = jax.jit(on_mesh(score, sharding.mesh), out_shardings=whole)
 
     def __call__(self, params: Any, frozen: Any) -> tuple[dict[str, float], list[Picture]]:
         """(scores, pictures).
@@ -158,7 +161,7 @@ class Validator:
         self._loader.restore(self._start)
         for host in self._loader:
             arrays = host.arrays
-            scored = self._score(params, frozen, jax.device_put(arrays, self._sharding))
+            scored = self._score(params, frozen, from_equals(self._sharding, arrays))
             kept = arrays.has_mask & arrays.valid[:, None]
             numbers = MaskCounts(*(np.asarray(x) for x in scored.counts))
             for b in np.flatnonzero(kept.any(axis=1)):

@@ -174,8 +174,8 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
         model_dir: a folder written by `convert`.
         dtype: type to cast to while reading, or a mapping from dotted paths to types; None keeps the stored
             one.
-        shardings: None (the default device), one sharding for all, or a dictionary of them, nested or by
-            dotted path.
+        shardings: None (this process's first device), one sharding for all, or a dictionary of them, nested
+            or by dotted path.
 
     Returns:
         Nested dictionaries of `jax.Array`, keyed by the components of the dotted paths.
@@ -188,13 +188,20 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
     stored = store.DTYPES[record.dtype]
     store.check_params(folder, model_leaves(record.config), stored)
     if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = abstract_params(record.config, stored if dtype is None else dtype, shardings)
     # arrays are read a few at a time: Orbax's default has the whole model in host memory at once
     largest = max(math.prod(leaf.shape) for leaf in model_leaves(record.config).values())
     budget = max(4, math.ceil(4 * largest / 1e9))  # GB; below the largest leaf it would never start
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, restore_concurrent_gb=budget)
-    with ocp.Checkpointer(handler) as checkpointer:
+    # of several processes each reads what it needs without waiting for the others
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, restore_concurrent_gb=budget, multiprocessing_options=alone
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         try:
             restore_args = ocp.checkpoint_utils.construct_restore_args(target)
             return checkpointer.restore(

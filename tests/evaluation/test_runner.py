@@ -197,11 +197,11 @@ def test_other_content_does_not_continue_a_run(run):
 
 
 def test_hosts_share_the_pictures_and_end_with_the_numbers_of_one(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_wait_for_hosts", lambda: None)
+    monkeypatch.setattr(runner, "wait_for_all", lambda what: None)
     whole = run(FakeSource(30), output="whole", images_per_batch=2)[0]
     asked = []
     for host in (2, 1, 0):
-        monkeypatch.setattr(runner, "_hosts", lambda host=host: (host, 3))
+        monkeypatch.setattr(runner, "rank", lambda host=host: (host, 3))
         segmenter = FakeSegmenter()
         if host:
             with pytest.raises(DataError, match="another host has not finished"):
@@ -215,12 +215,12 @@ def test_hosts_share_the_pictures_and_end_with_the_numbers_of_one(run, tmp_path,
 
 
 def test_a_run_begun_on_three_hosts_is_finished_on_one(run, monkeypatch):
-    monkeypatch.setattr(runner, "_wait_for_hosts", lambda: None)
+    monkeypatch.setattr(runner, "wait_for_all", lambda what: None)
     whole = run(FakeSource(30), output="whole", images_per_batch=2)[0]
-    monkeypatch.setattr(runner, "_hosts", lambda: (1, 3))
+    monkeypatch.setattr(runner, "rank", lambda: (1, 3))
     with pytest.raises(DataError, match="another host"):
         run(FakeSource(30), images_per_batch=2)
-    monkeypatch.setattr(runner, "_hosts", lambda: (0, 1))
+    monkeypatch.setattr(runner, "rank", lambda: (0, 1))
     assert run(FakeSource(30), images_per_batch=2)[0]["overall"] == whole["overall"]
 
 

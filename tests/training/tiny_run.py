@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from read_jax.training.checkpoint import read_meta
@@ -77,19 +77,28 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
-class Process:
-    """`read-jax train` in a process of its own, that nobody has to wait for: it never outlives `stop`.
+class Command:
+    """`read-jax` in a process of its own, that nobody has to wait for: it never outlives `stop`.
 
     What it says goes to a file: nothing reads while a test waits, and a full pipe would halt it.
 
     Args:
-        recipe: of the run; changes: "key=value" of it.
-        workdir: of the run.
+        arguments: of the command.
+        words: file for its standard error.
         cache: folder of compiled programs, shared by the runs of a test.
         devices: simulated ones.
+        job: (port, number of processes, index of this one) when it is one of several.
     """
 
-    def __init__(self, recipe: Path, workdir: Path, cache: Path, *changes: str, devices: int = 1) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        words: Path,
+        cache: Path,
+        *,
+        devices: int = 1,
+        job: tuple[int, int, int] | None = None,
+    ) -> None:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -103,11 +112,16 @@ class Process:
             ),
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
-        command = [sys.executable, "-m", "read_jax.cli", "train", "--config", str(recipe)]
-        command += ["--workdir", str(workdir), *(f"--config.{change}" for change in changes)]
-        self._words = workdir.with_name(f"{workdir.name}.stderr")
-        with open(self._words, "w") as words:
-            self._process = subprocess.Popen(command, env=environment, stderr=words)
+        command = [sys.executable, "-m", "read_jax.cli", *arguments]
+        if job:
+            port, processes, process = job
+            command += ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
+            command += ["--process", str(process)]
+        self._words = words
+        with open(words, "w") as text:
+            self._process = subprocess.Popen(
+                command, env=environment, stderr=text, stdout=subprocess.DEVNULL if job else None
+            )
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until the condition holds, which it does before the run ends."""
@@ -129,7 +143,11 @@ class Process:
 
     def finish(self) -> None:
         """To its end, which must be a good one."""
-        assert self._process.wait(timeout=PATIENCE) == 0, self.said()
+        assert self.end() == 0, self.said()
+
+    def end(self, patience: float = PATIENCE) -> int:
+        """Its exit status, at its end."""
+        return self._process.wait(timeout=patience)
 
     def said(self) -> str:
         """Its standard error."""
@@ -139,6 +157,30 @@ class Process:
         """End it if it still runs."""
         if self._process.poll() is None:
             self.kill()
+
+
+class Process(Command):
+    """`read-jax train` in a process of its own.
+
+    Args:
+        recipe: of the run; changes: "key=value" of it.
+        workdir: of the run.
+        cache, devices, job: as for `Command`.
+    """
+
+    def __init__(
+        self,
+        recipe: Path,
+        workdir: Path,
+        cache: Path,
+        *changes: str,
+        devices: int = 1,
+        job: tuple[int, int, int] | None = None,
+    ) -> None:
+        arguments = ["train", "--config", str(recipe), "--workdir", str(workdir)]
+        arguments += [f"--config.{change}" for change in changes]
+        words = workdir.with_name(f"{workdir.name}.{job[2] if job else 0}.stderr")
+        super().__init__(arguments, words, cache, devices=devices, job=job)
 
 
 def lines(path: Path) -> list[dict]:

@@ -1,0 +1,214 @@
+"""Two real processes of four devices each do what one process does; when one of them dies the job ends."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from read_jax.errors import ConfigError, ReadJaxError
+from read_jax.processes import from_equals, from_shares, join, share_of_rows
+from read_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from read_jax.training.checkpoint import FOLDER
+from read_jax.training.config import load_config
+from read_jax.training.logs import METRICS
+from read_jax.training.loop import AGAIN
+from read_jax.training.run import base_model, make_mixture
+from read_jax.weights.checkpoint import BUNDLED_MODELS
+from tests.training.tiny_run import PATIENCE, Command, Process, lines, results, write_recipe
+
+UPDATES, EVERY = 30, 10
+MINUTE = 60
+
+
+class Jobs:
+    """Jobs of one recipe from one new model, and evaluations; each in a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.recipe = folder, write_recipe(folder)
+        config = load_config(str(self.recipe))
+        model, _ = base_model(config, make_mixture(config.data), folder)
+        self._changes = (
+            f"start.model={model}",
+            "start.scratch=None",
+            "step.micro_batches=1",
+            f"optimizer.total_updates={UPDATES}",
+            f"checkpoints.every={EVERY}",
+        )
+        self._started = []
+
+    def train(self, name, *changes, processes=2):
+        """The processes of a run of eight devices that was just started, or started again."""
+        return self._start(
+            processes,
+            lambda job: Process(
+                self.recipe,
+                self.folder / name,
+                self.folder / "cache",
+                *self._changes,
+                *changes,
+                devices=8 // processes,
+                job=job,
+            ),
+        )
+
+    def evaluate(self, name, *options, processes=2):
+        """The processes of an evaluation."""
+        arguments = ["evaluate", str(BUNDLED_MODELS / "nano"), "--dataset", "scenes|val", *options]
+        arguments += ["--output", str(self.folder / name)]
+        words = [self.folder / f"{name}.{process}.stderr" for process in range(processes)]
+        return self._start(
+            processes,
+            lambda job: Command(arguments, words[job[2] if job else 0], self.folder / "cache", job=job),
+        )
+
+    def _start(self, processes, make):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        jobs = [(port, processes, process) for process in range(processes)] if processes > 1 else [None]
+        started = [make(job) for job in jobs]
+        self._started += started
+        return started
+
+    def stop(self):
+        for process in self._started:
+            process.stop()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    made = Jobs(tmp_path_factory.mktemp("jobs"))
+    yield made
+    made.stop()
+
+
+def finish(processes):
+    for process in processes:
+        process.finish()
+
+
+def scores(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    return {name: summary[name] for name in ("counts", "intervals", "overall", "groups", "iou")}
+
+
+def assert_like_one_process(several, one):
+    """Losses and pictures of a run, of which `several` processes made at least the beginning."""
+    ours, theirs = results(several), results(one)
+    assert [line["step"] for line in ours["metrics"]] == [line["step"] for line in theirs["metrics"]]
+    for line, wanted in zip(ours["metrics"], theirs["metrics"], strict=True):
+        for key in ("total", "ce", "bce", "dice", "gradient_norm", "parameter_norm"):
+            assert line[key] == pytest.approx(wanted[key], rel=1e-5), (line["step"], key)
+    others = {line["step"]: line["examples"] for line in lines(several / "examples-00001.jsonl")}
+    assert others
+    for line, wanted in zip(ours["examples"], theirs["examples"], strict=True):
+        alone = len(line["examples"]) == len(wanted["examples"])  # after it went on as one process
+        assert line["examples"] + ([] if alone else others[line["step"]]) == wanted["examples"]
+
+
+@pytest.mark.timeout(5 * PATIENCE)
+def test_a_job_of_which_one_process_dies_ends_and_goes_on_as_one_process_to_the_same_end(jobs):
+    finish(jobs.train("one", processes=1))
+    workdir = jobs.folder / "two"
+    first, second = jobs.train("two")
+    first.wait_for(lambda: (workdir / FOLDER / str(EVERY) / "meta").exists())
+    second.kill()
+    assert first.end(MINUTE) != 0
+    assert "distributed service detected fatal errors" in first.said()
+    (alone,) = jobs.train("two", processes=1)
+    alone.finish()
+    assert "going on after" in alone.said()
+    assert_like_one_process(workdir, jobs.folder / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_it_goes_on_as_two_processes_to_the_last_bit(jobs, dies):
+    finish(jobs.train("whole"))
+    workdir = jobs.folder / f"dies-{dies}"
+    processes = jobs.train(workdir.name)
+    processes[0].wait_for(lambda: (workdir / FOLDER / str(EVERY) / "meta").exists())
+    processes[dies].kill()
+    assert processes[1 - dies].end(MINUTE) != 0
+    finish(jobs.train(workdir.name))
+    assert results(workdir) == results(jobs.folder / "whole")
+
+
+@pytest.mark.slow
+def test_one_that_is_told_to_stop_stops_all_and_they_go_on(jobs):
+    workdir = jobs.folder / "told"
+    first, second = jobs.train("told", "optimizer.total_updates=400", "checkpoints.every=1000")
+    first.wait_for(lambda: len(lines(workdir / METRICS)) >= 3)
+    assert second.terminate() == AGAIN, second.said()
+    assert first.end() == AGAIN, first.said()
+    assert "told to stop: saved after" in first.said()
+    assert [int(folder.name) for folder in (workdir / FOLDER).iterdir()] == [len(lines(workdir / METRICS))]
+
+
+@pytest.mark.timeout(3 * PATIENCE)
+@pytest.mark.parametrize("mode", ["generate", pytest.param("forced", marks=pytest.mark.slow)])
+def test_an_evaluation_shared_by_two_gives_the_scores_and_texts_of_one(jobs, mode):
+    options = ("--limit", "6", "--mode", mode)
+    finish(jobs.evaluate(f"one-{mode}", *options, processes=1))
+    finish(jobs.evaluate(f"two-{mode}", *options))
+    one, two = jobs.folder / f"one-{mode}", jobs.folder / f"two-{mode}"
+    shares = [lines(two / f"answers-0000{process}.jsonl")[1:] for process in range(2)]
+    assert [len(share) for share in shares] == [3, 3]
+    answers = sorted(shares[0] + shares[1], key=lambda record: record["index"])
+    assert answers == sorted(lines(one / "answers-00000.jsonl")[1:], key=lambda record: record["index"])
+    assert scores(one) == scores(two)
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_which_one_process_dies_ends_and_goes_on(jobs):
+    options = ("--limit", "60", "--mode", "generate")
+    finish(jobs.evaluate("undisturbed", *options, processes=1))
+    folder = jobs.folder / "disturbed"
+    first, second = jobs.evaluate("disturbed", *options)
+    first.wait_for(lambda: len(lines(folder / "answers-00001.jsonl")) > 3)
+    second.kill()
+    assert first.end(2 * MINUTE) != 0  # it answers its own share first
+    finish(jobs.evaluate("disturbed", *options))
+    assert scores(jobs.folder / "undisturbed") == scores(folder)
+
+
+@pytest.mark.parametrize(
+    "given", [("localhost:1", None, None), (None, 2, 0), ("localhost:1", 2, None)], ids=str
+)
+def test_half_of_what_finds_the_others_is_refused(given):
+    with pytest.raises(ConfigError, match="together, or none"):
+        join(*given)
+
+
+def test_a_number_beyond_the_processes_is_refused():
+    with pytest.raises(ConfigError, match="no process 2 among 2"):
+        join("localhost:1", 2, 2)
+
+
+def test_a_machine_of_no_cluster_is_told_what_to_give(monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    with pytest.raises(ReadJaxError, match="--coordinator HOST:PORT"):
+        join()
+
+
+def test_one_process_has_all_rows():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert share_of_rows(batch_sharding(mesh), 8) == (0, 1)
+
+
+def test_on_one_process_arrays_only_move():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    place, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    tree = {"a": np.arange(8.0), "b": np.ones((8, 2))}
+    for moved in (
+        from_shares(place, tree),
+        from_equals(whole, tree),
+        from_equals({"a": place, "b": whole}, tree),
+    ):
+        for name, value in tree.items():
+            np.testing.assert_array_equal(moved[name], value)
