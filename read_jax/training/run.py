@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -37,7 +38,14 @@ from read_jax.training.lora import add_adapters
 from read_jax.training.objective import LossWeights
 from read_jax.training.optimizer import make_optimizer
 from read_jax.training.scratch import check_scratch, write_scratch
-from read_jax.training.step import TrainState, init_state, is_chosen, make_train_step, split_model
+from read_jax.training.step import (
+    StepConfig,
+    TrainState,
+    init_state,
+    is_chosen,
+    make_train_step,
+    split_model,
+)
 from read_jax.training.validation import Validator
 from read_jax.weights.checkpoint import UPSTREAM, ModelRecord, load_record, model_folder, model_leaves
 from read_jax.weights.model import load_model
@@ -109,11 +117,16 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
     state = from_equals(places, state)
 
     def compiled(weights: LossWeights) -> Callable[..., Any]:
-        step = make_train_step(
-            graphdef, optimizer, packer.prefix_ids, packer.image_start, weights, config.step, abreast
+        return jit_step(
+            graphdef,
+            optimizer,
+            packer.prefix_ids,
+            packer.image_start,
+            weights,
+            config.step,
+            mesh=mesh,
+            places=places,
         )
-        # the state leaves as it came: one program for the whole run
-        return jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
     whole = compiled(config.losses)
     early = compiled(config.losses.without_masks()) if config.masks_from else whole
@@ -166,6 +179,27 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
         ),
     )
     return run, state
+
+
+def jit_step(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    prefix_ids: np.ndarray,
+    image_start: int,
+    weights: LossWeights,
+    config: StepConfig,
+    *,
+    mesh: Mesh,
+    places: Any,
+) -> Callable[..., Any]:
+    """`make_train_step` for a mesh, to be compiled when it is first called.
+
+    places: of the state, which leaves as it came: one program for the whole run, in the same memory.
+    """
+    step = make_train_step(
+        graphdef, optimizer, prefix_ids, image_start, weights, config, batch_devices(mesh)
+    )
+    return jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
 
 def make_mixture(data: DataConfig) -> Mixture:

@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Several processes on this machine as one job: for trying out what runs on several machines.
+#
+#   launch/local.sh [OPTIONS] N -- READ-JAX-ARGUMENTS
+#   launch/local.sh --devices 4 2 -- train --config nano_scenes:runlocal --workdir runs/two
+#
+#   --devices D    simulated CPU devices in each process (default: what the machine has)
+#   --restarts K   begin again, at most K times, when a process dies (default: 0)
+#   --grace S      seconds that the others have to end by themselves then (default: 90)
+#   --port P       where process 0 listens (default: a free one)
+#   --dry-run      show the commands and run nothing
+#
+# Every line that process I says begins with [I]. SIGTERM and Ctrl-C are passed on, and the job saves and ends.
+# The exit status is that of the first process that failed: 75 when the job was told to stop and has saved.
+# $READ_JAX names the program when it is not `read-jax`.
+
+. "$(dirname "$0")/common.sh"
+
+devices='' restarts=0 grace=90 port='' count=''
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        -h | --help) help ;;
+        --dry-run) DRY_RUN=true ;;
+        --devices) devices=$(value "$1" "$@") && shift ;;
+        --restarts) restarts=$(value "$1" "$@") && shift ;;
+        --grace) grace=$(value "$1" "$@") && shift ;;
+        --port) port=$(value "$1" "$@") && shift ;;
+        --) shift && break ;;
+        -*) fail "there is no option $1; see --help" ;;
+        *) [[ -z $count ]] || fail "write -- before the arguments of read-jax" && count=$1 ;;
+    esac
+    shift
+done
+positive N "$count"
+require --restarts "$restarts" '[0-9]+' 'a number'
+positive --grace "$grace"
+[[ -z $devices ]] || positive --devices "$devices"
+[[ -z $port ]] || positive --port "$port"
+[[ $# -gt 0 ]] || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --help'
+((BASH_VERSINFO[0] > 5 || (BASH_VERSINFO[0] == 5 && BASH_VERSINFO[1] >= 1))) || fail 'needs bash 5.1 or later'
+
+read -r -a program <<< "${READ_JAX:-read-jax}"
+if [[ -n $devices ]]; then
+    export JAX_PLATFORMS=cpu
+    # simulated devices share the cores, and wait long for one another
+    export XLA_FLAGS="--xla_force_host_platform_device_count=$devices --xla_cpu_collective_call_terminate_timeout_seconds=600 ${XLA_FLAGS:-}"
+fi
+
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
+}
+
+told=false
+pids=()
+pass_on() {
+    told=true
+    kill -TERM "${pids[@]}" 2> /dev/null || true
+}
+trap pass_on TERM INT
+
+# One try: start all processes and wait for them; sets `status`.
+attempt() {
+    local at=${port:-$(free_port)} i ended code deadline=0 left=$count
+    pids=() status=0
+    for ((i = 0; i < count; i++)); do
+        local command=("${program[@]}" "$@" --coordinator "localhost:$at" --processes "$count" --process "$i")
+        if $DRY_RUN; then
+            show "${command[@]}"
+            continue
+        fi
+        "${command[@]}" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+        pids+=($!)
+    done
+    $DRY_RUN && return
+    while ((left > 0)); do
+        ended='' code=0
+        wait -n -p ended "${pids[@]}" || code=$?
+        [[ -n ${ended:-} ]] || continue # a signal came
+        left=$((left - 1))
+        for i in "${!pids[@]}"; do
+            if [[ ${pids[$i]} == "$ended" ]]; then
+                unset "pids[$i]"
+                break
+            fi
+        done
+        if ((code != 0 && status == 0)); then
+            status=$code
+            ((code == 75)) || echo "$ME: process $i ended with status $code" >&2
+            # nothing more comes of the others; those that hang are ended
+            (sleep "$grace" && kill -KILL "${pids[@]}" 2> /dev/null) &
+            deadline=$!
+        fi
+    done
+    ((deadline == 0)) || kill "$deadline" 2> /dev/null || true
+}
+
+for ((try = 0; ; try++)); do
+    attempt "$@"
+    if ((status == 0 || status == 75 || try == restarts)) || $told; then
+        exit "$status"
+    fi
+    echo "$ME: beginning again ($((try + 1)) of $restarts)" >&2
+done

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# GPU nodes under Slurm: one process for every GPU, all of them one job.
+#
+#   launch/slurm.sh start  --name NAME --nodes N --gpus G [OPTIONS] -- READ-JAX-ARGUMENTS
+#   launch/slurm.sh watch  --name NAME     what the job says, as it comes
+#   launch/slurm.sh status --name NAME
+#   launch/slurm.sh stop   --name NAME     the run saves and ends
+#   launch/slurm.sh resume ...             as start: a run goes on in its folder
+#   launch/slurm.sh fetch  --from FOLDER --to DIR    copies a run's folder, where the two are different disks
+#
+#   --name NAME         of the job
+#   --nodes N           (default: 1)
+#   --gpus G            on each node (default: 8)
+#   --cpus C            for each GPU: its workers prepare the pictures (default: 12)
+#   --time T            as Slurm has it, for example 24:00:00 (default: the partition's)
+#   --partition P, --account A
+#   --environment DIR   virtual environment with read-jax, on a disk that all nodes see (default: the active one)
+#   --dry-run           show the commands and run nothing
+#
+# Two minutes before its time is over, or when it is preempted, the job is told, saves, and is queued again by
+# itself. A job whose process dies is queued again by Slurm when a node fails; otherwise use `resume`.
+
+. "$(dirname "$0")/common.sh"
+
+name='' nodes=1 gpus=8 cpus=12 limit='' partition='' account='' environment=${VIRTUAL_ENV:-} from='' to=''
+[[ $# -gt 0 ]] || fail 'say what to do: start, watch, status, stop, resume or fetch'
+action=$1
+shift
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        -h | --help) help ;;
+        --dry-run) DRY_RUN=true ;;
+        --name) name=$(value "$1" "$@") && shift ;;
+        --nodes) nodes=$(value "$1" "$@") && shift ;;
+        --gpus) gpus=$(value "$1" "$@") && shift ;;
+        --cpus) cpus=$(value "$1" "$@") && shift ;;
+        --time) limit=$(value "$1" "$@") && shift ;;
+        --partition) partition=$(value "$1" "$@") && shift ;;
+        --account) account=$(value "$1" "$@") && shift ;;
+        --environment) environment=$(value "$1" "$@") && shift ;;
+        --from) from=$(value "$1" "$@") && shift ;;
+        --to) to=$(value "$1" "$@") && shift ;;
+        --) shift && break ;;
+        *) fail "there is no option $1; see --help" ;;
+    esac
+    shift
+done
+
+job_script() {
+    cat << 'JOB'
+#!/bin/bash
+# The first argument is the virtual environment, the others are those of read-jax.
+environment=$1
+shift
+again() {
+    kill -TERM "$step" 2> /dev/null
+    status=0
+    wait "$step" || status=$?
+    # 75: it has saved and can go on
+    [[ $status != 75 ]] || scontrol requeue "$SLURM_JOB_ID"
+    exit "$status"
+}
+trap again USR1
+srun --kill-on-bad-exit=1 --wait=90 "$environment/bin/read-jax" "$@" --distributed &
+step=$!
+trap 'kill -TERM "$step"' TERM
+status=0
+wait "$step" || status=$?
+while kill -0 "$step" 2> /dev/null; do
+    status=0
+    wait "$step" || status=$?
+done
+exit "$status"
+JOB
+}
+
+start() {
+    [[ $# -gt 0 ]] || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --config ...'
+    positive --nodes "$nodes"
+    positive --gpus "$gpus"
+    positive --cpus "$cpus"
+    require --environment "$environment" '/.*' 'the full path of a virtual environment'
+    [[ -z $limit ]] || require --time "$limit" '[0-9]+(-[0-9]+)?(:[0-9]+){0,2}' 'a time such as 24:00:00'
+    $DRY_RUN || [[ -x $environment/bin/read-jax ]] || fail "there is no read-jax in $environment"
+    local options=(--job-name "$name" --nodes "$nodes" --ntasks-per-node "$gpus" --gpus-per-node "$gpus")
+    options+=(--cpus-per-task "$cpus" --exclusive --requeue --open-mode append --output "$name.log")
+    options+=(--signal B:USR1@120)
+    [[ -z $limit ]] || options+=(--time "$limit")
+    [[ -z $partition ]] || options+=(--partition "$partition")
+    [[ -z $account ]] || options+=(--account "$account")
+    if $DRY_RUN; then
+        show sbatch "${options[@]}" /dev/stdin "$environment" "$@"
+        job_script
+        return
+    fi
+    job_script | sbatch "${options[@]}" /dev/stdin "$environment" "$@"
+}
+
+[[ $action == -h || $action == --help ]] && help
+if [[ $action == fetch ]]; then
+    require --from "$from" '.+' 'the folder of a run'
+    require --to "$to" '.+' 'a folder here'
+    need rsync 'install it with your package manager'
+    run rsync --archive --info progress2 "$from/" "$to/"
+    exit
+fi
+label --name "$name"
+need sbatch 'run this on a machine of the cluster'
+case $action in
+    start | resume) start "$@" ;;
+    watch) run tail -n 50 -F "$name.log" ;;
+    status) run squeue --name "$name" ;;
+    stop) run scancel --batch --signal TERM --name "$name" ;;
+    *) fail "there is no action $action: start, watch, status, stop, resume or fetch" ;;
+esac

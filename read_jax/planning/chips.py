@@ -1,0 +1,90 @@
+"""What accelerators can do, from their data sheets, and descriptions of machines that are not at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from read_jax.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device.
+
+    Attributes:
+        name: as in a topology.
+        kind: as JAX calls it.
+        memory: bytes that programs may use.
+        flops: bfloat16 operations per second, dense.
+        bandwidth: bytes per second of its memory.
+        link: bytes per second that leave it towards its neighbours, over all links together.
+        network: the same towards other slices or nodes: its part of the host's network card.
+    """
+
+    name: str
+    kind: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # memory: what the compiler grants of 32, 16, 95 and 32 GB
+        Chip("v4", "TPU v4", 30.75 * GIB, 275e12, 1228e9, 270e9, 6.25e9),
+        Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 180e9, 3.1e9),
+        Chip("v5p", "TPU v5", 95.74 * GIB, 459e12, 2765e9, 540e9, 6.25e9),
+        Chip("v6e", "TPU v6 lite", 31.25 * GIB, 918e12, 1640e9, 360e9, 6.25e9),
+    )
+}
+"""By name in a topology."""
+
+_TOPOLOGY = re.compile(r"(?P<chip>\w+):(?P<shape>\d+(?:x\d+)*)")
+
+
+def parse_topology(text: str) -> tuple[Chip, str]:
+    """(chip, shape) of a text such as "v5e:4x4"; raises `ConfigError`."""
+    match = _TOPOLOGY.fullmatch(text)
+    if not match or match["chip"] not in CHIPS:
+        known = ", ".join(CHIPS)
+        raise ConfigError(
+            f"no topology {text!r}: write CHIP:SHAPE, for example v5e:4x4 or v5p:2x2x4, with a chip of: {known}."
+        )
+    return CHIPS[match["chip"]], match["shape"]
+
+
+def topology_devices(text: str, slices: int = 1) -> Sequence[Any]:
+    """Devices of a machine that is not there, for the compiler alone.
+
+    Args:
+        text: such as "v5e:4x4", of one slice.
+        slices: how many of these.
+
+    Raises `ConfigError` when the text is wrong, the compiler knows no such machine, or is not installed.
+    """
+    from jax.experimental import topologies
+
+    chip, shape = parse_topology(text)
+    # without these it would ask the cloud what machine this is
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    options = {"num_slices": slices} if slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(f"{chip.name}:{shape}", platform="tpu", **options)
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise ConfigError(
+                "the TPU compiler is not installed. It needs no TPU: pip install 'read-jax[plan]'"
+            ) from error
+        line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"the compiler knows no topology {text!r}: {line}") from error
+    return found.devices

@@ -1,0 +1,95 @@
+"""What a compiled program says about itself: collectives and their bytes, loops counted as often as they run."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_SHAPE = re.compile(r"\b(pred|bf16|f\d+(?:e\w+)?|[su]\d+|c64)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Traffic(NamedTuple):
+    """Of one kind of collective. number: how often it runs; bytes: of its results on one device, all runs."""
+
+    number: int
+    bytes: float
+
+
+def collectives(text: str) -> dict[str, Traffic]:
+    """What a program's optimised text (`Compiled.as_text()`) sends between devices, by kind of collective.
+
+    A loop whose number of rounds the compiler does not know counts once.
+    """
+    computations = dict(_computations(text))
+    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    times = _times(entry, {name: lines for name, (_, lines) in computations.items()})
+    numbers: collections.Counter[str] = collections.Counter()
+    amounts: collections.Counter[str] = collections.Counter()
+    for name, (_, lines) in computations.items():
+        for line in lines:
+            match = _OPERATION.match(line)
+            kind = match[3].removesuffix("-start") if match else ""
+            if match is None or kind not in COLLECTIVES:
+                continue
+            numbers[kind] += times[name]
+            amounts[kind] += times[name] * _result_bytes(match[2], asynchronous=match[3].endswith("-start"))
+    return {kind: Traffic(numbers[kind], amounts[kind]) for kind in COLLECTIVES if numbers[kind]}
+
+
+def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
+    """(name, (whether the program begins there, its lines)) of each computation."""
+    name, lines, is_entry = "", [], False
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head:
+            name, lines, is_entry = head[1], [], line.startswith("ENTRY")
+        elif line.startswith("}") and name:
+            yield name, (is_entry, lines)
+            name = ""
+        elif name:
+            lines.append(line)
+
+
+def _times(entry: str, computations: Mapping[str, list[str]]) -> collections.Counter[str]:
+    """How often each computation runs."""
+    times: collections.Counter[str] = collections.Counter()
+
+    def visit(name: str, rounds: int) -> None:
+        times[name] += rounds
+        for line in computations.get(name, ()):
+            called = [
+                part.strip().lstrip("%")
+                for one, several in _CALLED.findall(line)
+                for part in (several.split(",") if several else (one,))
+            ]
+            trips = _TRIPS.search(line) if " while(" in line else None
+            for other in called:
+                visit(other, rounds * (int(trips[1]) if trips else 1))
+
+    visit(entry, 1)
+    return times
+
+
+def _result_bytes(shapes: str, asynchronous: bool) -> float:
+    """Bytes of a result; of an asynchronous one, a tuple of operand and result, the larger part."""
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * _item_bytes(kind)
+        for kind, dims in _SHAPE.findall(shapes)
+    ]
+    if asynchronous and len(sizes) > 1:
+        return max(sizes)
+    return sum(sizes)
+
+
+def _item_bytes(kind: str) -> float:
+    return _BYTES.get(kind) or int(re.sub(r"\D.*", "", kind[1:])) / 8
