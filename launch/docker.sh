@@ -21,6 +21,7 @@
 #   launch/docker.sh start --name a --data ~/data --runs ~/runs -- \
 #       train --config read_7b_reasonseg --workdir /runs/a --config.data.data_dir=/data
 
+# shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
 here=$(cd "$(dirname "$0")" && pwd)

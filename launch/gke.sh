@@ -19,6 +19,7 @@
 #   --restarts K       when a machine dies or is taken away (default: 20)
 #   --dry-run          show the commands and run nothing
 
+# shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
 name='' cluster='' zone='' project='' type='' slices=1 spot=false image='' bucket='' restarts=20 from='' to=''

@@ -14,6 +14,7 @@
 # The exit status is that of the first process that failed: 75 when the job was told to stop and has saved.
 # $READ_JAX names the program when it is not `read-jax`.
 
+# shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
 devices='' restarts=0 grace=90 port='' count=''

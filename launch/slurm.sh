@@ -20,6 +20,7 @@
 # Two minutes before its time is over, or when it is preempted, the job is told, saves, and is queued again by
 # itself. A job whose process dies is queued again by Slurm when a node fails; otherwise use `resume`.
 
+# shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
 name='' nodes=1 gpus=8 cpus=12 limit='' partition='' account='' environment=${VIRTUAL_ENV:-} from='' to=''

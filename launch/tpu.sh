@@ -25,6 +25,7 @@
 # `resume` gives back what was taken away, asks for the same again, installs, and starts; a run goes on from its
 # last checkpoint in the bucket. Needs gcloud, logged in: https://cloud.google.com/sdk/docs/install
 
+# shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -7,6 +7,7 @@
 # stop (status 75) or says what is wrong (status 1 or 2) is over; one that dies, or loses another process, is
 # begun again, at most RESTARTS times: all machines do so, and find one another again.
 
+# shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
 [[ $# -ge 3 ]] || fail 'needs BUCKET, RESTARTS and the arguments of read-jax'
