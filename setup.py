@@ -56,7 +56,7 @@ EXTRAS: dict[str, list[str]] = {
     "lint": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],
 }
 
-EXTRAS["test"] += EXTRAS["data"]
+EXTRAS["test"] += EXTRAS["data"] + EXTRAS["plan"]
 
 setup(
     name="read-jax",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import read_jax
 from read_jax.commands.data import add_data
 from read_jax.commands.evaluate import add_evaluate
+from read_jax.commands.plan import add_plan
 from read_jax.commands.segment import add_segment
 from read_jax.commands.train import add_cache, add_merge, add_train
 from read_jax.commands.weights import add_convert, add_export, add_inspect
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         add_data,
         add_evaluate,
         add_cache,
+        add_plan,
         add_train,
         add_merge,
     ):

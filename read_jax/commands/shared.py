@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+_PREFIX = "--config."
+
 
 def command(commands: Any, name: str, run: Any, summary: str, details: str = "") -> argparse.ArgumentParser:
     parser = commands.add_parser(
@@ -15,6 +17,29 @@ def command(commands: Any, name: str, run: Any, summary: str, details: str = "")
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """--config RECIPE, and --config.KEY=VALUE, which come as `changes`."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help="name of a recipe, such as read_7b_reasonseg, or a .py file with get_config(); ':runlocal' "
+        "after it tries it out on a laptop",
+    )
+    parser.epilog = (
+        f"{_PREFIX}KEY=VALUE changes a setting of the recipe, as {_PREFIX}optimizer.learning_rate=1e-4."
+    )
+    parse: Any = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:  # the names of settings are many
+        changes = [a.removeprefix(_PREFIX) for a in args if a.startswith(_PREFIX)]
+        parsed, rest = parse([a for a in args if not a.startswith(_PREFIX)], namespace)
+        parsed.changes = changes
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

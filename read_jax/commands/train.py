@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from read_jax.commands.shared import Progress, add_processes, command, join_processes
-
-_PREFIX = "--config."
+from read_jax.commands.shared import Progress, add_config, add_processes, command, join_processes
 
 
 def add_train(commands: Any) -> None:
@@ -20,7 +18,7 @@ def add_train(commands: Any) -> None:
         "Started again with the same folder, a run goes on from its last checkpoint. Told to stop (SIGTERM "
         "or Ctrl-C) it saves and exits with status 75: start it again.",
     )
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
     add_processes(parser)
 
@@ -35,31 +33,8 @@ def add_cache(commands: Any) -> None:
         "Training with --config.data.features=DIR then runs no encoder and decodes no picture. Started again "
         "with the same folder, it goes on where it was.",
     )
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of what is kept")
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    """--config RECIPE, and --config.KEY=VALUE, which come as `changes`."""
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="RECIPE",
-        help="name of a recipe, such as read_7b_reasonseg, or a .py file with get_config(); ':runlocal' "
-        "after it tries it out on a laptop",
-    )
-    parser.epilog = (
-        f"{_PREFIX}KEY=VALUE changes a setting of the recipe, as {_PREFIX}optimizer.learning_rate=1e-4."
-    )
-    parse: Any = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:  # the names of settings are many
-        changes = [a.removeprefix(_PREFIX) for a in args if a.startswith(_PREFIX)]
-        parsed, rest = parse([a for a in args if not a.startswith(_PREFIX)], namespace)
-        parsed.changes = changes
-        return parsed, rest
-
-    parser.parse_known_args = parse_known_args
 
 
 def add_merge(commands: Any) -> None:

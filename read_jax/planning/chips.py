@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -48,6 +49,13 @@ CHIPS = {
 }
 """By name in a topology."""
 
+_ENVIRONMENT = {
+    # it would ask the cloud what machine this is
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # several processes may compile at the same time: none of them takes a device
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 _TOPOLOGY = re.compile(r"(?P<chip>\w+):(?P<shape>\d+(?:x\d+)*)")
 
 
@@ -57,11 +65,13 @@ def parse_topology(text: str) -> tuple[Chip, str]:
     if not match or match["chip"] not in CHIPS:
         known = ", ".join(CHIPS)
         raise ConfigError(
-            f"no topology {text!r}: write CHIP:SHAPE, for example v5e:4x4 or v5p:2x2x4, with a chip of: {known}."
+            f"no topology {text!r}: write CHIP:SHAPE, for example v5e:4x4 or v5p:2x2x4, with a chip of: "
+            f"{known}."
         )
     return CHIPS[match["chip"]], match["shape"]
 
 
+@functools.lru_cache
 def topology_devices(text: str, slices: int = 1) -> Sequence[Any]:
     """Devices of a machine that is not there, for the compiler alone.
 
@@ -74,8 +84,7 @@ def topology_devices(text: str, slices: int = 1) -> Sequence[Any]:
     from jax.experimental import topologies
 
     chip, shape = parse_topology(text)
-    # without these it would ask the cloud what machine this is
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options = {"num_slices": slices} if slices > 1 else {}
     try:

@@ -1,4 +1,4 @@
-"""What a compiled program says about itself: collectives and their bytes, loops counted as often as they run."""
+"""What a compiled program sends between devices: its collectives, counted as often as their loops run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|f\d+(?:e\w+)?|[su]\d+|c64)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"^\s+ROOT .* compare\([^)]*?([\w.\-]+)\), direction=LT")
 
 
 class Traffic(NamedTuple):
@@ -28,22 +32,31 @@ class Traffic(NamedTuple):
 def collectives(text: str) -> dict[str, Traffic]:
     """What a program's optimised text (`Compiled.as_text()`) sends between devices, by kind of collective.
 
-    A loop whose number of rounds the compiler does not know counts once.
+    A loop whose number of rounds cannot be told counts once.
     """
     computations = dict(_computations(text))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     times = _times(entry, {name: lines for name, (_, lines) in computations.items()})
-    numbers: collections.Counter[str] = collections.Counter()
-    amounts: collections.Counter[str] = collections.Counter()
+    found: dict[str, tuple[str, int, float]] = {}
     for name, (_, lines) in computations.items():
-        for line in lines:
+        for number, line in enumerate(lines):
             match = _OPERATION.match(line)
             kind = match[3].removesuffix("-start") if match else ""
             if match is None or kind not in COLLECTIVES:
                 continue
-            numbers[kind] += times[name]
-            amounts[kind] += times[name] * _result_bytes(match[2], asynchronous=match[3].endswith("-start"))
-    return {kind: Traffic(numbers[kind], amounts[kind]) for kind in COLLECTIVES if numbers[kind]}
+            size = _result_bytes(match[2], asynchronous=match[3].endswith("-start"))
+            channel = _CHANNEL.search(line)
+            # one that runs beside other work is written in every piece of that work
+            key = channel[1] if channel else f"{name} {number}"
+            found[key] = max(
+                found.get(key, ("", 0, 0.0)), (kind, times[name], size), key=lambda f: f[1] * f[2]
+            )
+    traffic = {}
+    for kind in COLLECTIVES:
+        own = [(rounds, size) for of, rounds, size in found.values() if of == kind]
+        if own:
+            traffic[kind] = Traffic(sum(n for n, _ in own), sum(n * size for n, size in own))
+    return traffic
 
 
 def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
@@ -72,12 +85,26 @@ def _times(entry: str, computations: Mapping[str, list[str]]) -> collections.Cou
                 for one, several in _CALLED.findall(line)
                 for part in (several.split(",") if several else (one,))
             ]
-            trips = _TRIPS.search(line) if " while(" in line else None
+            inner = rounds * (_rounds(line, computations) if called else 1)
             for other in called:
-                visit(other, rounds * (int(trips[1]) if trips else 1))
+                visit(other, inner)
 
     visit(entry, 1)
     return times
+
+
+def _rounds(line: str, computations: Mapping[str, list[str]]) -> int:
+    """Of the loop in a line, 1 of anything else: as the line says, or as its condition compares."""
+    condition = _CONDITION.search(line)
+    if not condition:
+        return 1
+    told = _TRIPS.search(line)
+    if told:
+        return int(told[1])
+    lines = computations.get(condition[1], ())
+    constants = {match[1]: int(match[2]) for match in map(_CONSTANT.match, lines) if match}
+    limits = [constants.get(match[1]) for match in map(_BELOW.match, lines) if match]
+    return limits[0] if limits and limits[0] else 1
 
 
 def _result_bytes(shapes: str, asynchronous: bool) -> float:

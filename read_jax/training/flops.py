@@ -22,6 +22,7 @@ PEAK = {
     "TPU v5p": 459e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p, by what JAX calls it
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
 }

@@ -196,9 +196,7 @@ def jit_step(
 
     places: of the state, which leaves as it came: one program for the whole run, in the same memory.
     """
-    step = make_train_step(
-        graphdef, optimizer, prefix_ids, image_start, weights, config, batch_devices(mesh)
-    )
+    step = make_train_step(graphdef, optimizer, prefix_ids, image_start, weights, config, batch_devices(mesh))
     return jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
 

@@ -1,0 +1,91 @@
+"""`read-jax plan`: what a run will need on machines that are not at hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from read_jax.commands.shared import add_config, command
+
+
+def add_plan(commands: Any) -> None:
+    """Add `read-jax plan`."""
+    parser = command(
+        commands,
+        "plan",
+        _plan,
+        "compile a training step for a TPU that is not at hand: does it fit, how fast can it be",
+        "Compiles the real step with the TPU's own compiler (pip install 'read-jax[plan]'; neither a TPU nor "
+        "weights are needed). That takes minutes. The exit status is 1 when the step does not fit.",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="of one slice: v5e:4x4, v6e:4x4, v5p:2x2x4 ...",
+    )
+    parser.add_argument("--slices", type=int, metavar="N", help="several of them (default: the recipe's)")
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="data, fsdp, tensor in every slice (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="pictures of an update (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="architecture, such as read-7b (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, metavar="N", help="of an epoch: then it says how long one takes at least"
+    )
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip for an hour: adds the cost")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="rank meshes, parts of the batch and remat policies by our own count, and compile the best",
+    )
+    parser.add_argument("--save", metavar="FILE", help="keep the executable")
+    parser.add_argument("--json", metavar="FILE", help="write the figures")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from read_jax.files import write_file
+    from read_jax.planning.plan import make_plan, search
+    from read_jax.planning.programs import architecture, set_up
+    from read_jax.planning.tables import candidates_table, plan_text
+    from read_jax.training.config import load_config
+
+    changes = list(arguments.changes)
+    if arguments.batch:
+        changes.append(f"data.global_batch={arguments.batch}")
+    changes += _mesh_changes(arguments.mesh, arguments.slices)
+    config = load_config(arguments.config, changes)
+    setup = set_up(config, architecture(config, arguments.model))
+    mesh = config.mesh
+    if arguments.search:
+        found = search(setup, arguments.topology, mesh.slices)
+        print(candidates_table(found))
+        if not found or not found[0].fits:
+            print("fits: no (by the estimate, none of them; nothing was compiled)")
+            return 1
+        best = found[0]
+        mesh, setup = best.mesh, setup.with_step(micro_batches=best.micro_batches, remat=best.remat)
+    print("compiling; this takes minutes ...", file=sys.stderr)
+    plan = make_plan(setup, arguments.topology, mesh, serialize=bool(arguments.save))
+    print(plan_text(plan, pictures=arguments.pictures, price=arguments.price))
+    if arguments.json:
+        write_file(Path(arguments.json), (json.dumps(plan.to_dict(), indent=2) + "\n").encode())
+    if arguments.save and plan.serialized:
+        write_file(Path(arguments.save), plan.serialized)
+    return 0 if plan.fits else 1
+
+
+def _mesh_changes(mesh: str | None, slices: int | None) -> list[str]:
+    """As changes of the configuration."""
+    changes = [] if mesh is None else [f"mesh.{part}" for part in mesh.split(",")]
+    if mesh is not None and not any(part.startswith("mesh.data=") for part in changes):
+        changes.append("mesh.data=-1")
+    return changes + ([f"mesh.slices={slices}"] if slices else [])

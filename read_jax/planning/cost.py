@@ -1,0 +1,132 @@
+"""What a training step costs by our own count: operations, bytes and memory, before anything is compiled.
+
+The compiler's own figures take the body of a loop once, so they cannot say what a step costs; these count
+every product of the network. Memory is an estimate that ranks candidates, within some tens of percent; only
+the compiler's answer says whether a step fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from read_jax.config import ReadConfig
+from read_jax.planning.programs import Setup, abstract_state, bytes_per_device, placed, prefix_length
+from read_jax.sharding import FSDP, TENSOR, batch_devices
+from read_jax.training.config import TrainConfig
+from read_jax.training.flops import llama_pairs, llama_weights, train_step_flops
+
+_FLOAT32 = 4
+
+
+class Cost(NamedTuple):
+    """Of one update, per device.
+
+    useful: operations that the result needs, every question having all its tokens; done: with what is
+    recomputed; bytes: read from and written to the device's memory, at least; memory: bytes held at once.
+    """
+
+    useful: float
+    done: float
+    bytes: float
+    memory: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Numbers that the counts are made of, per device and micro-batch."""
+
+    pictures: float
+    tokens: float
+    pairs: float  # (query, key)
+    answers: float  # tokens of questions and answers
+
+
+def train_cost(setup: Setup, mesh: Mesh) -> Cost:
+    """One update of a run on a mesh."""
+    config, model = setup.config, setup.model
+    data, llama = config.data, model.llama
+    abreast, tensor = batch_devices(mesh), mesh.shape[TENSOR]
+    lengths = np.full((data.global_batch, data.questions), data.tokens)
+    useful = train_step_flops(
+        model,
+        config.trainable,
+        prefix_length(model),
+        lengths,
+        data.global_batch * data.questions,
+        encoders=not data.features,
+    )
+    pictures = data.global_batch / abreast / config.step.micro_batches
+    sizes = _Sizes(
+        pictures,
+        pictures * (prefix_length(model) + data.questions * data.tokens),
+        pictures * llama_pairs(prefix_length(model), lengths[0]),
+        pictures * data.questions * data.tokens,
+    )
+    scores = 4.0 * llama.num_layers * llama.num_heads * llama.head_dim * sizes.pairs
+    forward = (2.0 * llama_weights(llama) * sizes.tokens + scores) * config.step.micro_batches / tensor
+    again = {True: forward, "dots": forward - 2.0 * llama_weights(llama) * sizes.tokens / tensor, False: 0.0}
+    done = useful / (abreast * tensor) + again[config.step.remat]
+    state, frozen = (bytes_per_device(x) for x in (abstract_state(setup, mesh), placed(setup.frozen, mesh)))
+    moved = config.step.micro_batches * _bytes_of_part(config, model, sizes, tensor)
+    # of the update: parameters, gradients and moments, each read and written
+    return Cost(
+        useful / (abreast * tensor),
+        done,
+        moved + 3 * state,
+        state + frozen + _memory(config, model, sizes, mesh, gradients=state / 3),
+    )
+
+
+def _bytes_of_part(config: TrainConfig, model: ReadConfig, sizes: _Sizes, tensor: int) -> float:
+    """Forward and backward of one micro-batch."""
+    llama, item = model.llama, 4 if config.dtype == "float32" else 2
+    passes = 3 if config.step.remat is True else 2
+    weights = item * llama_weights(llama) / tensor
+    # gathered weights are written before they are read
+    total = passes * weights * 2
+    wide = 10 * llama.hidden_size + 6 * llama.intermediate_size / tensor
+    total += (passes + 1) * item * llama.num_layers * sizes.tokens * wide
+    total += (passes + 1) * 2 * _FLOAT32 * llama.num_layers * llama.num_heads / tensor * sizes.pairs
+    total += 6 * _FLOAT32 * sizes.answers * llama.vocab_size
+    if not config.data.features:
+        total += sizes.pictures * _sam_bytes(model, item)
+    return total
+
+
+def _sam_bytes(model: ReadConfig, item: int) -> float:
+    """SAM's encoder over one picture: its scores above all."""
+    sam = model.sam
+    cells = sam.grid_size**2
+    everywhere = len(sam.global_attn_indexes) * cells**2
+    windows = (sam.depth - len(sam.global_attn_indexes)) * cells * sam.window_size**2
+    scores = 3 * _FLOAT32 * sam.num_heads * (everywhere + windows)
+    return scores + item * sam.depth * cells * (12 * sam.embed_dim + 2 * sam.mlp_dim)
+
+
+def _memory(config: TrainConfig, model: ReadConfig, sizes: _Sizes, mesh: Mesh, *, gradients: float) -> float:
+    """Held at once beside the parameters and their moments: gradients, and the most that a part needs."""
+    llama, item = model.llama, 4 if config.dtype == "float32" else 2
+    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
+    layer = llama_weights(llama) / llama.num_layers
+    kept = llama.hidden_size * item * sizes.tokens  # of every layer: its input
+    if config.step.remat is not True:
+        kept += item * sizes.tokens * (3 * llama.hidden_size + 2 * llama.intermediate_size) / tensor
+    if config.step.remat is False:
+        kept += _FLOAT32 * llama.num_heads / tensor * sizes.pairs
+    one = item * sizes.tokens * (8 * llama.hidden_size + 4 * llama.intermediate_size / tensor)
+    one += 2 * _FLOAT32 * llama.num_heads / tensor * sizes.pairs
+    gathered = 2 * item * layer / tensor * (fsdp > 1)
+    logits = 3 * _FLOAT32 * sizes.answers * llama.vocab_size
+    tables = 2 * item * llama.vocab_size * llama.hidden_size * (fsdp * tensor > 1)
+    encoder = 2 * _FLOAT32 * model.sam.num_heads * model.sam.grid_size**4
+    masks = 8 * _FLOAT32 * sizes.pictures * config.data.questions * math.prod(config.data.mask_canvas)
+    return (
+        gradients
+        + llama.num_layers * kept
+        + max(one + gathered, logits + tables, encoder * (not config.data.features), masks)
+    )

@@ -1,0 +1,224 @@
+"""`make_plan`: compile a run's step for machines that are not there, and say what it will need."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from read_jax.errors import ConfigError, ReadJaxError
+from read_jax.planning.chips import GIB, Chip, parse_topology, topology_devices
+from read_jax.planning.cost import Cost, train_cost
+from read_jax.planning.hlo import Traffic, collectives
+from read_jax.planning.programs import Setup, check_mesh, train_program
+from read_jax.sharding import MeshConfig, make_mesh
+
+UTILISATIONS = (0.4, 0.6)
+"""Shares of the peak that well-made training reaches."""
+
+_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", re.IGNORECASE)
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, as the compiler has it.
+
+    arguments: parameters, moments and batch; temporaries: of the step; code: the program; peak: the most
+    that is held at once. All but peak are None when the program does not fit: then the compiler ends early.
+    """
+
+    arguments: float | None
+    temporaries: float | None
+    code: float | None
+    peak: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a training step needs on a machine.
+
+    Attributes:
+        topology, slices, chip, mesh: the machine, and how its devices are arranged.
+        pictures, questions, tokens: of an update; tokens are those of the questions and prefixes.
+        micro_batches, remat: how it is cut, and what is recomputed.
+        cost: per device, by our own count.
+        memory, traffic: per device, as the compiler has them.
+        seconds: that compiling took.
+        serialized: the executable, for the machine itself to load.
+    """
+
+    topology: str
+    slices: int
+    chip: Chip
+    mesh: Mapping[str, int]
+    pictures: int
+    questions: int
+    tokens: int
+    micro_batches: int
+    remat: bool | str
+    cost: Cost
+    memory: Memory
+    traffic: Mapping[str, Traffic]
+    seconds: float
+    serialized: bytes | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what the compiler grants."""
+        return self.memory.peak <= self.chip.memory
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds that an update takes at least, by what would bound it."""
+        return {
+            "arithmetic": self.cost.done / self.chip.flops,
+            "memory": self.cost.bytes / self.chip.bandwidth,
+            "links": sum(traffic.bytes for traffic in self.traffic.values()) / self.chip.link,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        data = dataclasses.asdict(self) | {"fits": self.fits, "devices": self.devices, "times": self.times}
+        del data["serialized"]
+        return data
+
+
+def make_plan(
+    setup: Setup, topology: str, mesh: MeshConfig | None = None, *, serialize: bool = False
+) -> Plan:
+    """Compile the step of a run for a topology.
+
+    Args:
+        setup: of `set_up`.
+        topology: such as "v5e:4x4", of one slice.
+        mesh: None: the run's own.
+        serialize: keep the executable.
+
+    Raises:
+        ConfigError: no such topology, no compiler, or the mesh does not suit model or batch.
+        ReadJaxError: the compiler fails, other than for want of memory.
+    """
+    mesh = mesh or setup.config.mesh
+    chip, _ = parse_topology(topology)
+    placed = mesh_of(topology, mesh)
+    program = train_program(setup, placed)
+    lowered = program.function.lower(*program.arguments)
+    began = time.perf_counter()
+    serialized, traffic = None, {}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory = Memory(None, None, None, _wanted(error))
+    else:
+        memory, traffic = _memory(compiled), collectives(compiled.as_text())
+        if serialize:
+            serialized = compiled.runtime_executable().serialize()
+    data = setup.config.data
+    cost = train_cost(setup, placed)
+    return Plan(
+        topology=topology,
+        slices=mesh.slices,
+        chip=chip,
+        mesh=dict(placed.shape),
+        pictures=data.global_batch,
+        questions=data.questions,
+        tokens=data.tokens,
+        micro_batches=setup.config.step.micro_batches,
+        remat=setup.config.step.remat,
+        cost=cost,
+        memory=memory,
+        traffic=traffic,
+        seconds=time.perf_counter() - began,
+        serialized=serialized,
+    )
+
+
+def mesh_of(topology: str, mesh: MeshConfig) -> Mesh:
+    """The mesh of a machine that is not there; raises `ConfigError`."""
+    return make_mesh(mesh, topology_devices(topology, mesh.slices))
+
+
+def _memory(compiled: Any) -> Memory:
+    found = compiled.memory_analysis()
+    return Memory(
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+        max(
+            found.peak_memory_in_bytes,
+            # what leaves does so in the arguments' place, as far as it is the same
+            found.argument_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+            + found.temp_size_in_bytes,
+        ),
+    )
+
+
+def _wanted(error: Exception) -> float:
+    """Bytes that a program would have needed which the compiler refused; raises what is no such refusal."""
+    match = _USED.search(str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not match:
+        line = str(error).strip().splitlines()[0]
+        raise ReadJaxError(f"the compiler failed: {line}") from error
+    return float(match[1]) * _UNITS[match[2].upper()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A way to run the step: mesh, parts and what is recomputed, and what it costs by our count."""
+
+    mesh: MeshConfig
+    micro_batches: int
+    remat: bool | str
+    cost: Cost
+    chip: Chip
+
+    @property
+    def fits(self) -> bool:
+        """By the estimate."""
+        return self.cost.memory <= self.chip.memory
+
+    @property
+    def seconds(self) -> float:
+        """Of an update, at least, without the network between devices."""
+        return max(self.cost.done / self.chip.flops, self.cost.bytes / self.chip.bandwidth)
+
+
+def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
+    """All meshes, parts and remat policies for a topology, best first, by our own count alone.
+
+    Those that are expected to fit come first, by time; then the others, by memory.
+    """
+    chip, _ = parse_topology(topology)
+    devices = len(topology_devices(topology, slices)) // slices
+    found = []
+    for tensor in (size for size in (1, 2, 4, 8) if devices % size == 0):
+        for fsdp in (size for size in _divisors(devices // tensor)):
+            mesh = MeshConfig(devices // tensor // fsdp, fsdp, tensor, slices)
+            try:
+                placed = mesh_of(topology, mesh)
+                check_mesh(setup.with_step(micro_batches=1), placed)
+            except ConfigError:
+                continue
+            per_device = setup.config.data.global_batch // (devices * slices // tensor)
+            for parts in _divisors(per_device):
+                for remat in (True, "dots", False):
+                    cost = train_cost(setup.with_step(micro_batches=parts, remat=remat), placed)
+                    found.append(Candidate(mesh, parts, remat, cost, chip))
+    return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else c.cost.memory, c.micro_batches))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

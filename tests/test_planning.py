@@ -1,0 +1,232 @@
+"""Plans for machines that are not there: topologies, our own count, what programs send, and the compiler.
+
+The whole step for a real TPU, scaled down: `pytest -m slow tests/test_planning.py` (minutes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from read_jax import cli
+from read_jax.config import ReadConfig
+from read_jax.errors import ConfigError
+from read_jax.planning.chips import CHIPS, GIB, parse_topology, topology_devices
+from read_jax.planning.cost import train_cost
+from read_jax.planning.hlo import Traffic, collectives
+from read_jax.planning.plan import Memory, Plan, make_plan, search
+from read_jax.planning.programs import architecture, bytes_per_device, placed, prefix_length, set_up
+from read_jax.planning.tables import candidates_table, plan_text
+from read_jax.sharding import AXES, MeshConfig
+from read_jax.training.config import load_config
+from read_jax.training.flops import train_step_flops
+
+LOOPS = """HloModule step, is_scheduled=true
+
+%inner_cond (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  %p = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %more = pred[] compare(%i, %limit), direction=LT
+}
+
+%inner_body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %x = f32[4]{0} get-tuple-element(%p), index=1
+  %ring = (f32[2,8]{1,0}, f32[2,8]{1,0}, u32[]) collective-permute-start(%x), channel_id=3
+}
+
+%outer_body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all = bf16[64,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %rest = (s32[], f32[4]) while(%t), condition=%inner_cond, body=%inner_body
+}
+
+%outer_cond (p: (s32[], f32[4])) -> pred[] {
+  ROOT %more = pred[] parameter(0)
+}
+
+%beside (p: bf16[1]) -> bf16[64,8] {
+  %again = bf16[64,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %loop = (s32[], f32[4]) while(%t), condition=%outer_cond, body=%outer_body, %TRIPS%
+  %work = bf16[64,8] fusion(%a), kind=kOutput, calls=%beside
+  ROOT %sum = f32[] all-reduce(%a), channel_id=9, to_apply=%add
+}
+""".replace("%TRIPS%", 'backend_config={"known_trip_count":{"n":"5"}}')
+
+
+@pytest.fixture(scope="module")
+def setup():
+    config = load_config("read_7b_reasonseg")
+    return set_up(config, architecture(config))
+
+
+def mesh(data=1, fsdp=1, tensor=1):
+    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def plan(setup, **changes):
+    """A plan as the compiler might have made it."""
+    found = Plan(
+        topology="v5e:4x4",
+        slices=1,
+        chip=CHIPS["v5e"],
+        mesh={"data": 1, "fsdp": 16, "tensor": 1},
+        pictures=160,
+        questions=3,
+        tokens=256,
+        micro_batches=10,
+        remat=True,
+        cost=train_cost(setup, mesh(fsdp=16)),
+        memory=Memory(1.1 * GIB, 1.9 * GIB, 0.1 * GIB, 3 * GIB),
+        traffic={"all-gather": Traffic(2000, 48e9)},
+        seconds=100.0,
+    )
+    return dataclasses.replace(found, **changes)
+
+
+@pytest.mark.parametrize("text", ["v5e", "v5e:", "v5e:4x", "4x4", "h100:8", "v9:4x4", ""])
+def test_what_is_no_topology_is_refused_with_an_example(text):
+    with pytest.raises(ConfigError, match=r"for example v5e:4x4.*v4, v5e, v5p, v6e"):
+        parse_topology(text)
+
+
+def test_the_chips_are_those_that_the_flop_counter_knows():
+    from read_jax.training.flops import peak
+
+    for chip in CHIPS.values():
+        assert peak(chip.kind) == chip.flops
+
+
+def test_the_folders_name_tells_the_architecture():
+    config = load_config("ablation_sam_b")
+    model = architecture(config)
+    assert (model.llama.hidden_size, model.sam.embed_dim) == (4096, 768)
+    assert architecture(load_config("nano_scenes")).llama.hidden_size == 128
+    assert architecture(config, "read-13b").llama.hidden_size == 5120
+    unknown = load_config("read_7b_reasonseg", ["start.model=models/mine"])
+    with pytest.raises(ConfigError, match=r"say which with --model, one of .*read-7b"):
+        architecture(unknown)
+
+
+def test_collectives_count_as_often_as_their_loops_run_and_once_however_often_they_are_written():
+    found = collectives(LOOPS)
+    assert found["all-gather"] == Traffic(5, 5 * 64 * 8 * 2)
+    assert found["collective-permute"] == Traffic(15, 15 * 2 * 8 * 4)
+    assert found["all-reduce"] == Traffic(1, 4)
+
+
+def test_useful_operations_are_shared_by_all_devices(setup):
+    data = setup.config.data
+    whole = train_step_flops(
+        setup.model,
+        setup.config.trainable,
+        prefix_length(setup.model),
+        np.full((data.global_batch, data.questions), data.tokens),
+        data.global_batch * data.questions,
+    )
+    for shape in ({}, {"fsdp": 16}, {"data": 4, "fsdp": 4}, {"fsdp": 4, "tensor": 4}):
+        one = mesh(**shape)
+        assert train_cost(setup, one).useful * one.size == pytest.approx(whole)
+
+
+def test_what_is_recomputed_costs_arithmetic_and_saves_memory(setup):
+    all_of_it, dots, none = (
+        train_cost(setup.with_step(remat=remat), mesh(fsdp=16)) for remat in (True, "dots", False)
+    )
+    assert all_of_it.done > dots.done > none.done == none.useful
+    assert all_of_it.memory < dots.memory < none.memory
+
+
+def test_more_parts_of_a_batch_need_less_memory_and_read_the_weights_more_often(setup):
+    few, many = (train_cost(setup.with_step(micro_batches=parts), mesh(fsdp=16)) for parts in (2, 10))
+    assert many.memory < few.memory
+    assert many.bytes > few.bytes
+    assert many.useful == few.useful
+
+
+def test_parameters_are_held_in_shares(setup):
+    one, sixteen = (bytes_per_device(placed(setup.frozen, mesh(fsdp=n))) for n in (1, 16))
+    assert one / 16 < sixteen < 1.1 * one / 16
+
+
+def test_a_plan_says_whether_it_fits_and_what_bounds_it(setup):
+    good = plan(setup)
+    text = plan_text(good, pictures=16000, price=1.2)
+    assert text.startswith("fits: yes")
+    assert "12.75 GiB to spare" in text
+    assert "bound by arithmetic" in text
+    seconds = good.cost.useful / 197e12 / 0.4
+    hours = 100 * seconds / 3600
+    assert f"at 40% of the peak: {seconds:.2f} s" in text
+    assert f"{hours * 16:.0f} chip-hours, ${hours * 16 * 1.2:,.0f}" in text
+    bad = plan(setup, memory=Memory(None, None, None, 20 * GIB), traffic={})
+    assert not bad.fits
+    assert plan_text(bad).startswith("fits: no")
+    assert "4.25 GiB too much" in plan_text(bad)
+    assert json.loads(json.dumps(good.to_dict()))["fits"] is True
+
+
+def test_the_network_bounds_a_plan_that_sends_much(setup):
+    assert "bound by links" in plan_text(plan(setup, traffic={"all-gather": Traffic(9, 1e13)}))
+
+
+def test_without_the_compiler_it_says_how_to_get_it(monkeypatch, capsys):
+    from jax.experimental import topologies
+
+    def absent(*args, **options):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", absent)
+    topology_devices.cache_clear()
+    assert cli.main(["plan", "--config", "nano_scenes:runlocal", "--topology", "v5e:4x4"]) == 1
+    assert "pip install 'read-jax[plan]'" in capsys.readouterr().err
+    topology_devices.cache_clear()
+
+
+@pytest.fixture
+def compiler():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
+
+
+def test_the_compiler_knows_the_machines(compiler):
+    assert len(topology_devices("v5e:4x4")) == 16
+    assert {device.slice_index for device in topology_devices("v5e:4x4", 2)} == {0, 1}
+    assert {topology_devices(t)[0].device_kind for t in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "v4:2x2x2")} == {
+        chip.kind for chip in CHIPS.values()
+    }
+    with pytest.raises(ConfigError, match="the compiler knows no topology 'v5e:3x5'"):
+        topology_devices("v5e:3x5")
+
+
+def test_a_search_ranks_what_fits_by_time(setup, compiler):
+    data = dataclasses.replace(setup.config.data, global_batch=16)
+    step = dataclasses.replace(setup.config.step, micro_batches=1)
+    config = dataclasses.replace(setup.config, data=data, step=step)
+    found = search(dataclasses.replace(setup, config=config), "v5e:2x2")
+    assert found
+    fitting = [candidate for candidate in found if candidate.fits]
+    assert found[: len(fitting)] == fitting
+    assert [c.seconds for c in fitting] == sorted(c.seconds for c in fitting)
+    assert all(c.mesh.fsdp * c.mesh.tensor > 1 for c in fitting)  # 7B does not fit on one chip
+    assert "ways to run it" in candidates_table(found)
+
+
+@pytest.mark.slow
+def test_a_scaled_down_step_compiles_for_a_tpu_within_its_memory(compiler):
+    config = load_config(
+        "read_7b_reasonseg:runlocal", ["step.micro_batches=1", "data.global_batch=4", "dtype=bfloat16"]
+    )
+    made = make_plan(set_up(config, architecture(config)), "v5e:2x2", MeshConfig(fsdp=4))
+    assert made.fits
+    assert made.memory.temporaries is not None and made.memory.temporaries < 64 * 2**20
+    assert made.traffic["all-gather"].number > 0  # the parameters are shared
+
+
+def test_presets_cover_what_the_recipes_start_from():
+    assert ReadConfig.preset("sesame-7b") == architecture(load_config("read_7b_reasonseg"))
