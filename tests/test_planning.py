@@ -195,7 +195,8 @@ def compiler():
 
 
 def test_the_compiler_knows_the_machines(compiler):
-    assert len(topology_devices("v5e:4x4")) == 16
+    for text, chips in (("v5e:4x4", 16), ("v5p:2x2x4", 16), ("v6e:4x4", 16), ("v4:2x2x2", 8)):
+        assert len(topology_devices(text)) == chips
     assert {device.slice_index for device in topology_devices("v5e:4x4", 2)} == {0, 1}
     assert {topology_devices(t)[0].device_kind for t in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "v4:2x2x2")} == {
         chip.kind for chip in CHIPS.values()

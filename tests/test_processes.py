@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -162,6 +163,33 @@ def test_an_evaluation_shared_by_two_gives_the_scores_and_texts_of_one(jobs, mod
     answers = sorted(shares[0] + shares[1], key=lambda record: record["index"])
     assert answers == sorted(lines(one / "answers-00000.jsonl")[1:], key=lambda record: record["index"])
     assert scores(one) == scores(two)
+
+
+@pytest.mark.timeout(3 * PATIENCE)
+def test_devices_that_share_a_model_answer_as_one(jobs, tmp_path):
+    questions = ["the wheel above the blue lamp", "Which of these could roll away?", "the red ball"]
+    results = []
+    for devices in (1, 4):
+        out = tmp_path / str(devices)
+        arguments = [
+            "segment",
+            str(BUNDLED_MODELS / "nano"),
+            str(Path(__file__).parent / "data" / "drawn.png"),
+            "--output",
+            str(out),
+        ]
+        arguments += [part for question in questions for part in ("--prompt", question)]
+        arguments += ["--devices", str(devices)]
+        process = Command(arguments, tmp_path / f"{devices}.stderr", jobs.folder / "cache", devices=devices)
+        process.finish()
+        results.append(json.loads((out / "result.json").read_text()))
+    one, four = (result["results"] for result in results)
+    assert len(one) == len(questions)
+    assert any(answer["present"] for answer in one)
+    for ours, theirs in zip(four, one, strict=True):
+        assert (ours["text"], ours["present"]) == (theirs["text"], theirs["present"])
+        assert np.array(ours["points"]) == pytest.approx(np.array(theirs["points"]), abs=0.01)
+        assert ours["point_labels"] == theirs["point_labels"]
 
 
 @pytest.mark.slow

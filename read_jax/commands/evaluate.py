@@ -59,6 +59,14 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--images-per-batch", type=int, metavar="N", help="pictures that go through the device together"
     )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the model, where one is too small for it; on several machines, of each "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
     parser.add_argument(
         "--max-bad",
@@ -100,6 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             max_new_tokens=arguments.max_new_tokens,
             dtype=arguments.dtype,
             images_per_batch=arguments.images_per_batch,
+            devices=arguments.devices,
             limit=arguments.limit,
             max_bad=arguments.max_bad,
             overwrite=arguments.overwrite,

@@ -68,6 +68,13 @@ def add_segment(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="type to compute in (default: as stored)"
     )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the model, where one is too small for it (default: %(default)s)",
+    )
 
 
 def _segment(arguments: argparse.Namespace) -> None:
@@ -103,7 +110,7 @@ def _segment(arguments: argparse.Namespace) -> None:
 
     bar = Progress("loading the model", "picture", len(arguments.images))
     with terminate_politely(), output as folder, bar as progress:
-        segmenter = read_jax.load(arguments.model, dtype=arguments.dtype)
+        segmenter = read_jax.load(arguments.model, dtype=arguments.dtype, devices=arguments.devices)
         progress.label("segmenting")
         together = segmenter.images_per_batch
         for first in range(0, len(arguments.images), together):

@@ -59,6 +59,7 @@ def evaluate(
     max_new_tokens: int = 512,
     dtype: str | None = None,
     images_per_batch: int | None = None,
+    devices: int = 1,
     limit: int | None = None,
     overwrite: bool = False,
     max_bad: float = 0.01,
@@ -78,6 +79,7 @@ def evaluate(
         dtype: type to compute in; None: as stored.
         images_per_batch: pictures that go through the device together. A run that is continued with another
             number may differ in the last bits.
+        devices: of each process, that share the model; see `load`.
         limit: only the first so many pictures.
         overwrite: discard what an earlier run left in `output`.
         max_bad: the run fails when a larger share of the pictures cannot be read.
@@ -122,18 +124,19 @@ def evaluate(
         "model": Path(model_dir).resolve().name,
         "device": jax.devices()[0].device_kind,
         "hosts": hosts,
+        "devices_per_host": devices,
         "images_per_batch": images_per_batch,
         "jax_version": importlib.metadata.version("jax"),
     }
     # a model that does not load must not cost the answers that are to be replaced
-    segmenter = load(model_dir, dtype=dtype) if overwrite else None
+    segmenter = load(model_dir, dtype=dtype, devices=devices) if overwrite else None
     with Journal(output, identity, environment, host=host, hosts=hosts, overwrite=overwrite) as journal:
         windows = _windows(total, images_per_batch)[host::hosts]
         if any(missing(window, journal) for window in windows):
             if host == 0:
                 for name in (SUMMARY, MARKDOWN, PAGE):  # of an earlier run; this one's come at the end
                     (output / name).unlink(missing_ok=True)
-            segmenter = segmenter or load(model_dir, dtype=dtype)
+            segmenter = segmenter or load(model_dir, dtype=dtype, devices=devices)
             segmenter.images_per_batch = images_per_batch
             segmenter.rows_per_batch = max(segmenter.rows_per_batch, images_per_batch)
             answer(

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from read_jax.config import ReadConfig
+from read_jax.errors import ConfigError
 from read_jax.geometry import image_geometry, stack_geometries
 from read_jax.images.decode import read_image
 from read_jax.images.preprocess import clip_crop, sam_resize
@@ -27,9 +29,10 @@ from read_jax.inference.request import (
 )
 from read_jax.inference.tracing import trace_answer
 from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix
+from read_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from read_jax.text.conversation import Template, get_template
 from read_jax.text.tokenizer import Tokenizer
-from read_jax.weights.checkpoint import UPSTREAM, load_config, model_folder
+from read_jax.weights.checkpoint import UPSTREAM, load_config, model_folder, model_leaves
 from read_jax.weights.model import load_model
 
 Image = Any
@@ -71,23 +74,38 @@ def default_images_per_batch() -> int:
     return 1 if jax.default_backend() == "cpu" else 8
 
 
-def load(model_dir: str | Path, *, dtype: str | None = None) -> Segmenter:
+def load(model_dir: str | Path, *, dtype: str | None = None, devices: int = 1) -> Segmenter:
     """Load a model folder made by `read-jax convert`.
 
     Args:
         model_dir: the folder, or "nano": the small model that comes with the package.
         dtype: "float32" or "bfloat16" to compute and keep weights in; None: as stored.
+        devices: how many of this process's devices share the language model and CLIP, heads and hidden
+            channels apart; for a model that is too large for one.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or corrupt.
-        ConfigError: an unknown dtype.
+        ConfigError: an unknown dtype, or the devices cannot share the model.
     """
     model_dir = model_folder(model_dir)
-    load_config(model_dir)  # these two are quick to fail, so before the weights
+    config = load_config(model_dir)  # these two are quick to fail, so before the weights
     tokenizer = Tokenizer.load(model_dir / UPSTREAM)
-    model = load_model(model_dir, dtype=dtype)
+    model = load_model(model_dir, dtype=dtype, shardings=_places(config, devices))
     graphdef, params = nnx.split(model)
     return Segmenter(model.config, graphdef, params, tokenizer)
+
+
+def _places(config: ReadConfig, devices: int) -> dict[str, NamedSharding] | None:
+    """Of the parameters, by path; None: all on the first device."""
+    if devices == 1:
+        return None
+    here = jax.local_devices()
+    if not 1 < devices <= len(here):
+        raise ConfigError(f"this process has {len(here)} device(s); the model cannot be shared by {devices}.")
+    mesh = make_mesh(MeshConfig(tensor=devices), here[:devices])
+    return parameter_shardings(
+        config, {path: leaf.shape for path, leaf in model_leaves(config).items()}, mesh
+    )
 
 
 class Segmenter:

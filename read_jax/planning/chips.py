@@ -53,6 +53,7 @@ _ENVIRONMENT = {
     # it would ask the cloud what machine this is
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # whatever is planned for: unset, it complains
     # several processes may compile at the same time: none of them takes a device
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
@@ -86,7 +87,9 @@ def topology_devices(text: str, slices: int = 1) -> Sequence[Any]:
     chip, shape = parse_topology(text)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip are one device
     try:
         found = topologies.get_topology_desc(f"{chip.name}:{shape}", platform="tpu", **options)
     except RuntimeError as error:
