@@ -29,7 +29,7 @@ import numpy as np
 
 from read_jax.errors import ReadJaxError
 from read_jax.files import write_file
-from read_jax.processes import Agreement, from_shares, is_first
+from read_jax.processes import Agreement, from_shares, is_first, several
 from read_jax.training.checkpoint import Checkpoints
 from read_jax.training.config import TrainConfig
 from read_jax.training.flops import peak, train_step_flops
@@ -63,7 +63,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Outcome:
 
     Raises:
         ConfigError, CheckpointError, DataError: the run cannot start or go on; what was done until then is
-            saved when data fail.
+            saved when data fail, unless this is one of several processes.
         TrainingError: too many updates had to be skipped.
     """
     workdir = Path(workdir).expanduser().absolute()
@@ -119,7 +119,8 @@ def _updates(
                 arrays = from_shares(run.sharding, batch.arrays)
         except ReadJaxError:
             watch.flush()
-            if step != saved:
+            # saving takes all processes, and the others may have what this one has not
+            if step != saved and not several():
                 checkpoints.save(step, state, run.loader.state(), last=True)
             raise
 

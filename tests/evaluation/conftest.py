@@ -1,4 +1,4 @@
-"""The committed tiny model, converted, and a small dataset of one's own, written on the spot."""
+"""The package's own model, and a small dataset of one's own, written on the spot."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ import pytest
 from PIL import Image
 
 from read_jax.images.masks import mask_to_rle
-from read_jax.weights import convert
+from read_jax.weights.checkpoint import BUNDLED_MODELS
 from tests.inference.conftest import picture
-
-DATA = Path(__file__).parent.parent / "data"
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    """A model folder of tests/data/tiny-read, in float32."""
-    folder = tmp_path_factory.mktemp("model") / "tiny-read"
-    convert(DATA / "tiny-read", DATA / "tiny-clip", folder, sasp="7b", dtype="float32")
-    return folder
+def tiny_model() -> Path:
+    """The model that comes with the package: the smallest there is."""
+    return BUNDLED_MODELS / "nano"
 
 
 def write_own_dataset(folder: Path, pictures: int, seed: int = 0) -> Path:
