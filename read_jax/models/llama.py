@@ -186,6 +186,55 @@ class Llama(nnx.Module):
         x, own = scan_layers(self.layers, x, body, (prefix, keys), remat=remat)
         return self.norm(x), own
 
+    def with_prefix(
+        self,
+        prefix: Array,
+        x: Array,
+        *,
+        remat: bool | Callable[..., bool] = False,
+        dropout_key: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """A prefix and the rows behind it in one pass: equal to one after the other.
+
+        Each layer's weights are used once for all tokens, and where devices share them, gathered once. No
+        keys and values outlive their layer.
+
+        Args:
+            prefix: [B, S, D] input embeddings, at positions 0 to S - 1.
+            x: [B, Q, T, D] those of the rows, whose positions go on from there.
+            remat, dropout_key: as for `__call__`.
+
+        Returns:
+            States after the final norm, [B, S, D] and [B, Q, T, D].
+        """
+        (images, first), (questions, length) = prefix.shape[:2], x.shape[1:3]
+        positions = jnp.concatenate([jnp.arange(first), jnp.tile(first + jnp.arange(length), questions)])
+        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        before, own = (jnp.tril(jnp.ones((n, n), bool)) for n in (first, length))
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+
+        def of_prefix(y: Array) -> Array:
+            return y[:, None, :first]  # as one row
+
+        def of_rows(y: Array) -> Array:
+            return y[:, first:].reshape(images, questions, length, *y.shape[2:])
+
+        def body(layer: LlamaLayer, x: Array, key: Array | None) -> tuple[Array, None]:
+            x = constrain(x, "batch")
+            q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, key)
+            shared = KeyValues(k[:, :first], v[:, :first])
+            attended = (
+                _attend(of_prefix(q), of_prefix(k), of_prefix(v), None, before),
+                _attend(of_rows(q), of_rows(k), of_rows(v), shared, own),
+            )
+            joined = jnp.concatenate([y.reshape(images, -1, *y.shape[3:]) for y in attended], axis=1)
+            return self._finish(layer, x, joined), None
+
+        joined = jnp.concatenate([prefix, x.reshape(images, questions * length, -1)], axis=1)
+        joined, _ = scan_layers(self.layers, joined, body, keys, remat=remat)
+        joined = self.norm(joined)
+        return joined[:, :first], of_rows(joined)
+
     def extend(
         self, x: Array, positions: Array, cache: KeyValues, slots: Array, *, prefix: KeyValues | None = None
     ) -> tuple[Array, KeyValues]:

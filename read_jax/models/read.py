@@ -10,7 +10,6 @@ with SasP off. Source of the behaviour: READ's `READForCausalLM`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -152,30 +151,25 @@ class Read(nnx.Module):
         clip_features = self.clip(normalize_clip(clip_pixels))
         return ImageFeatures(clip_features, self.projector(clip_features), image_embedding)
 
-    def encode_prefix(
-        self,
-        ids: Array,
-        image_tokens: Array,
-        image_start: int,
-        *,
-        remat: bool | Callable[..., bool] = False,
-        dropout_key: Array | None = None,
-    ) -> Prefix:
+    def embed_prefix(self, ids: Array, image_tokens: Array, image_start: int) -> Array:
+        """What the language model takes of the prefix [B, S, D]; arguments as for `encode_prefix`."""
+        batch, count = image_tokens.shape[:2]
+        stop = image_start + count
+        text = self.llama.embed(ids.at[image_start:stop].set(0))
+        text = jnp.broadcast_to(text, (batch, *text.shape))
+        return text.at[:, image_start:stop].set(image_tokens.astype(text.dtype))
+
+    def encode_prefix(self, ids: Array, image_tokens: Array, image_start: int) -> Prefix:
         """Run the language model over the prefix.
 
         Args:
             ids: int [S] token ids with the image placeholder already expanded to N positions.
             image_tokens: [B, N, D].
             image_start: position of the first image token in `ids` (static).
-            remat, dropout_key: as for `Llama`.
         """
-        batch, count = image_tokens.shape[:2]
-        stop = image_start + count
-        text = self.llama.embed(ids.at[image_start:stop].set(0))
-        text = jnp.broadcast_to(text, (batch, *text.shape))
-        x = text.at[:, image_start:stop].set(image_tokens.astype(text.dtype))
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[0]), (batch, 1, ids.shape[0]))
-        states, own = self.llama(x[:, None], positions, remat=remat, dropout_key=dropout_key)
+        x = self.embed_prefix(ids, image_tokens, image_start)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[0]), (len(x), 1, ids.shape[0]))
+        states, own = self.llama(x[:, None], positions)
         return Prefix(states[:, 0], KeyValues(own.keys[:, :, 0], own.values[:, :, 0]))
 
     def predict_masks(

@@ -19,7 +19,7 @@ from read_jax.config import Config
 from read_jax.data.packing import Batch
 from read_jax.errors import ConfigError
 from read_jax.geometry import ImageGeometry
-from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
+from read_jax.models.read import ImageFeatures, MaskPrediction, Read
 from read_jax.models.sam.postprocess import mask_logits
 from read_jax.sharding import constrain
 from read_jax.text.targets import IGNORE_INDEX
@@ -106,11 +106,11 @@ def count(batch: Batch) -> Counts:
 class Forward(NamedTuple):
     """A batch up to the language model's final states.
 
-    features: of the pictures; prefix: of the pictures; states: [B, Q, T, D] of the questions' tokens.
+    features: of the pictures; prefix_states: [B, S, D]; states: [B, Q, T, D] of the questions' tokens.
     """
 
     features: ImageFeatures
-    prefix: Prefix
+    prefix_states: Array
     states: Array
 
 
@@ -140,18 +140,12 @@ def forward(
     if features is None:
         features = picture_features(model, batch)
     features = ImageFeatures(*(constrain(x, "batch") for x in features))
-    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    prefix = model.encode_prefix(
-        jnp.asarray(prefix_ids), features.image_tokens, image_start, remat=remat, dropout_key=keys[0]
-    )
+    prefix = model.embed_prefix(jnp.asarray(prefix_ids), features.image_tokens, image_start)
     ids = jnp.asarray(batch.question_ids)
-    positions = jnp.broadcast_to(prefix.states.shape[1] + jnp.arange(ids.shape[-1]), ids.shape)
     # looked up by width, as the table lies, and then brought to the pictures; gradients go the same way back
     x = constrain(model.llama.embed(constrain(ids, "looked_up")), "looked_up", None, None, "table")
-    states, _ = model.llama(
-        constrain(x, "batch"), positions, prefix=prefix.key_values, remat=remat, dropout_key=keys[1]
-    )
-    return Forward(features, prefix, states)
+    states = model.llama.with_prefix(prefix, constrain(x, "batch"), remat=remat, dropout_key=dropout_key)
+    return Forward(features, *states)
 
 
 def picture_features(model: Read, batch: Batch) -> ImageFeatures:
@@ -281,7 +275,7 @@ def _compared_states(out: Forward, batch: Batch, image_start: int) -> tuple[Arra
     tokens = out.features.image_tokens.shape[1]
     seg_at = jnp.asarray(batch.seg_at)
     seg_states = jnp.take_along_axis(out.states, seg_at[..., None, None], axis=2)[:, :, 0]
-    return seg_states, out.prefix.states[:, image_start : image_start + tokens]
+    return seg_states, out.prefix_states[:, image_start : image_start + tokens]
 
 
 class _Turns(NamedTuple):

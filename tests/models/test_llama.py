@@ -103,6 +103,19 @@ def test_questions_behind_a_shared_prefix_equal_whole_sequences(rows):
     assert_close(states, whole(model, prefix, questions), 1e-5)
 
 
+def test_prefix_and_questions_in_one_pass_equal_whole_sequences(rows):
+    model, prefix, questions = rows
+
+    @jax.jit
+    def together(model, prefix, ids):
+        return model.with_prefix(model.embed(prefix[:, 0]), model.embed(ids))
+
+    first, states = together(model, prefix, questions)
+    assert_close(states, whole(model, prefix, questions), 1e-5)
+    alone, _ = model(model.embed(prefix), jnp.broadcast_to(jnp.arange(9), (2, 1, 9)))
+    assert_close(first, alone[:, 0], 1e-5)
+
+
 def test_cached_decoding_of_rows_of_different_length_equals_whole_sequences(rows):
     model, prefix, questions = rows
     shared = prefix_key_values(model, prefix)
