@@ -5,6 +5,7 @@ On one process every function here does the obvious, so that callers need not as
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -129,6 +130,26 @@ def from_equals(places: Any, arrays: Any) -> Any:
     if isinstance(places, NamedSharding):
         return jax.tree.map(lambda x: put(x, places), arrays)
     return jax.tree.map(put, arrays, places)
+
+
+def together(function: Any) -> Any:
+    """A jitted function that every one of several processes compiles before any of them runs it.
+
+    Their networks give up within seconds on one that comes late, and compiling takes minutes. On one process
+    it is the function itself.
+    """
+    if not several():
+        return function
+    compiled: list[Any] = []
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        if not compiled:
+            compiled.append(function.lower(*arguments).compile())
+            wait_for_all("a compiled program")
+        return compiled[0](*arguments)
+
+    return run
 
 
 class Agreement:

@@ -29,7 +29,7 @@ import numpy as np
 
 from read_jax.errors import ReadJaxError
 from read_jax.files import write_file
-from read_jax.processes import Agreement, from_shares, is_first, several
+from read_jax.processes import Agreement, from_shares, is_first, several, wait_for_all
 from read_jax.training.checkpoint import Checkpoints
 from read_jax.training.config import TrainConfig
 from read_jax.training.flops import peak, train_step_flops
@@ -111,6 +111,7 @@ def _updates(
     scores: dict[str, float] = {}
     saved = step
     agreed = Agreement()
+    wait_for_all("the first update")
     while step < total and not agreed(stopping()):
         # data
         try:

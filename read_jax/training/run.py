@@ -21,7 +21,7 @@ from read_jax.data.pipeline import TrainingLoader
 from read_jax.data.prompts import templates_named
 from read_jax.data.sources import load_source
 from read_jax.errors import ConfigError
-from read_jax.processes import from_equals, is_first, share_of_rows, wait_for_all
+from read_jax.processes import from_equals, is_first, share_of_rows, together, wait_for_all
 from read_jax.sharding import (
     batch_devices,
     batch_sharding,
@@ -197,7 +197,7 @@ def jit_step(
     places: of the state, which leaves as it came: one program for the whole run, in the same memory.
     """
     step = make_train_step(graphdef, optimizer, prefix_ids, image_start, weights, config, batch_devices(mesh))
-    return jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, replicated(mesh)))
+    return together(jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, replicated(mesh))))
 
 
 def make_mixture(data: DataConfig) -> Mixture:

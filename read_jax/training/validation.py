@@ -18,7 +18,7 @@ from read_jax.data.packing import Batch, Packer
 from read_jax.data.pipeline import EvaluationLoader
 from read_jax.evaluation.metrics import MaskCounts, SegmentationMetrics
 from read_jax.images.drawing import draw_comparison, draw_similarity
-from read_jax.processes import from_equals, several
+from read_jax.processes import from_equals, several, together
 from read_jax.sharding import on_mesh, replicated
 from read_jax.training.objective import (
     LossWeights,
@@ -147,7 +147,7 @@ class Validator:
 
         # every process makes the whole of the batch, and gets the whole of the answer
         whole = replicated(sharding.mesh) if several() else None
-        self._score = jax.jit(on_mesh(score, sharding.mesh), out_shardings=whole)
+        self._score = together(jax.jit(on_mesh(score, sharding.mesh), out_shardings=whole))
 
     def __call__(self, params: Any, frozen: Any) -> tuple[dict[str, float], list[Picture]]:
         """(scores, pictures).
