@@ -57,6 +57,8 @@ def join(
             "--coordinator HOST:PORT, --processes N and --process I to every process."
         ) from error
     except RuntimeError as error:
+        if "before any JAX" in str(error):
+            raise  # a mistake of ours, or of a program that uses us
         where = f" at {coordinator}" if coordinator else ""
         line = str(error).strip().splitlines()[0]
         raise ReadJaxError(f"the processes did not find one another{where} in {wait} s: {line}") from error
