@@ -88,7 +88,7 @@ attempt() {
             status=$code
             ((code == 75)) || echo "$ME: process $i ended with status $code" >&2
             # nothing more comes of the others; those that hang are ended
-            (sleep "$grace" && kill -KILL "${pids[@]}" 2> /dev/null) &
+            (sleep "$grace" && kill -KILL "${pids[@]}") > /dev/null 2>&1 & # holds no pipe of ours
             deadline=$!
         fi
     done

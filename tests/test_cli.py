@@ -41,7 +41,7 @@ def photo(tmp_path):
 @pytest.fixture
 def ready(monkeypatch, segmenter):  # noqa: F811
     """The command gets the model that is loaded already."""
-    monkeypatch.setattr(read_jax, "load", lambda folder, dtype=None: segmenter)
+    monkeypatch.setattr(read_jax, "load", lambda folder, dtype=None, devices=1: segmenter)
 
 
 @pytest.fixture

@@ -119,8 +119,18 @@ def recorded_segmenter(recorded_model):
     return read_jax.load(recorded_model)
 
 
-@pytest.mark.parametrize("mode", ["generate", "forced"])
-@pytest.mark.parametrize("dataset", ["ReasonSeg|val", "refcoco|val", "fprefcoco|val"])
+@pytest.mark.parametrize(
+    ("dataset", "mode"),
+    [
+        ("ReasonSeg|val", "generate"),
+        ("ReasonSeg|val", "forced"),
+        ("refcoco|val", "forced"),
+        ("fprefcoco|val", "generate"),
+        # as the paper does not evaluate them
+        pytest.param("refcoco|val", "generate", marks=pytest.mark.slow),
+        pytest.param("fprefcoco|val", "forced", marks=pytest.mark.slow),
+    ],
+)
 def test_the_recorded_model_on_the_small_copies(
     fixtures, recorded_model, recorded_segmenter, tmp_path, dataset, mode
 ):
