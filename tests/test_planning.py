@@ -19,7 +19,14 @@ from read_jax.planning.chips import CHIPS, GIB, parse_topology, topology_devices
 from read_jax.planning.cost import train_cost
 from read_jax.planning.hlo import Traffic, collectives
 from read_jax.planning.plan import Memory, Plan, make_plan, search
-from read_jax.planning.programs import architecture, bytes_per_device, placed, prefix_length, set_up
+from read_jax.planning.programs import (
+    architecture,
+    bytes_per_device,
+    check_mesh,
+    placed,
+    prefix_length,
+    set_up,
+)
 from read_jax.planning.tables import candidates_table, plan_text
 from read_jax.sharding import AXES, MeshConfig
 from read_jax.training.config import load_config
@@ -141,6 +148,22 @@ def test_what_is_recomputed_costs_arithmetic_and_saves_memory(setup):
     )
     assert all_of_it.done > dots.done > none.done == none.useful
     assert all_of_it.memory < dots.memory < none.memory
+
+
+def test_what_is_recomputed_does_not_depend_on_the_parts(setup):
+    for remat in (True, "dots", False):
+        few, many = (
+            train_cost(setup.with_step(remat=remat, micro_batches=parts), mesh(fsdp=16)) for parts in (2, 10)
+        )
+        assert few.done == pytest.approx(many.done)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_with_what_can(setup):
+    with pytest.raises(ConfigError, match=r"step\.micro_batches can be 1, 2, 5, 10"):
+        check_mesh(setup, mesh(fsdp=16))
+    check_mesh(setup.with_step(micro_batches=10), mesh(fsdp=16))
+    with pytest.raises(ConfigError, match=r"data\.global_batch must be a multiple of 64"):
+        check_mesh(setup, mesh(fsdp=64))
 
 
 def test_more_parts_of_a_batch_need_less_memory_and_read_the_weights_more_often(setup):

@@ -52,6 +52,7 @@ def add_plan(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from read_jax.errors import ConfigError
     from read_jax.files import write_file
     from read_jax.planning.plan import make_plan, search
     from read_jax.planning.programs import architecture, set_up
@@ -59,7 +60,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     from read_jax.training.config import load_config
 
     changes = list(arguments.changes)
-    if arguments.batch:
+    if arguments.price is not None and arguments.pictures is None:
+        raise ConfigError("--price is for an epoch: give its --pictures too.")
+    for file in filter(None, (arguments.json, arguments.save)):
+        if not Path(file).expanduser().absolute().parent.is_dir():  # known before minutes of compiling
+            raise ConfigError(f"there is no folder for {file}.")
+    if arguments.batch is not None:
         changes.append(f"data.global_batch={arguments.batch}")
     changes += _mesh_changes(arguments.mesh, arguments.slices)
     config = load_config(arguments.config, changes)
@@ -77,9 +83,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     plan = make_plan(setup, arguments.topology, mesh, serialize=bool(arguments.save))
     print(plan_text(plan, pictures=arguments.pictures, price=arguments.price))
     if arguments.json:
-        write_file(Path(arguments.json), (json.dumps(plan.to_dict(), indent=2) + "\n").encode())
+        write_file(Path(arguments.json).expanduser(), (json.dumps(plan.to_dict(), indent=2) + "\n").encode())
     if arguments.save and plan.serialized:
-        write_file(Path(arguments.save), plan.serialized)
+        write_file(Path(arguments.save).expanduser(), plan.serialized)
     return 0 if plan.fits else 1
 
 
@@ -88,4 +94,4 @@ def _mesh_changes(mesh: str | None, slices: int | None) -> list[str]:
     changes = [] if mesh is None else [f"mesh.{part}" for part in mesh.split(",")]
     if mesh is not None and not any(part.startswith("mesh.data=") for part in changes):
         changes.append("mesh.data=-1")
-    return changes + ([f"mesh.slices={slices}"] if slices else [])
+    return changes + ([f"mesh.slices={slices}"] if slices is not None else [])

@@ -25,7 +25,6 @@ class Chip:
         flops: bfloat16 operations per second, dense.
         bandwidth: bytes per second of its memory.
         link: bytes per second that leave it towards its neighbours, over all links together.
-        network: the same towards other slices or nodes: its part of the host's network card.
     """
 
     name: str
@@ -34,17 +33,16 @@ class Chip:
     flops: float
     bandwidth: float
     link: float
-    network: float
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
         # memory: what the compiler grants of 32, 16, 95 and 32 GB
-        Chip("v4", "TPU v4", 30.75 * GIB, 275e12, 1228e9, 270e9, 6.25e9),
-        Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 180e9, 3.1e9),
-        Chip("v5p", "TPU v5", 95.74 * GIB, 459e12, 2765e9, 540e9, 6.25e9),
-        Chip("v6e", "TPU v6 lite", 31.25 * GIB, 918e12, 1640e9, 360e9, 6.25e9),
+        Chip("v4", "TPU v4", 30.75 * GIB, 275e12, 1228e9, 270e9),
+        Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 180e9),
+        Chip("v5p", "TPU v5", 95.74 * GIB, 459e12, 2765e9, 540e9),
+        Chip("v6e", "TPU v6 lite", 31.25 * GIB, 918e12, 1640e9, 360e9),
     )
 }
 """By name in a topology."""

@@ -53,12 +53,7 @@ def train_cost(setup: Setup, mesh: Mesh) -> Cost:
     abreast, tensor = batch_devices(mesh), mesh.shape[TENSOR]
     lengths = np.full((data.global_batch, data.questions), data.tokens)
     useful = train_step_flops(
-        model,
-        config.trainable,
-        prefix_length(model),
-        lengths,
-        data.global_batch * data.questions,
-        encoders=not data.features,
+        model, config.trainable, prefix_length(model), lengths, data.global_batch * data.questions
     )
     pictures = data.global_batch / abreast / config.step.micro_batches
     sizes = _Sizes(
@@ -69,7 +64,7 @@ def train_cost(setup: Setup, mesh: Mesh) -> Cost:
     )
     scores = 4.0 * llama.num_layers * llama.num_heads * llama.head_dim * sizes.pairs
     forward = (2.0 * llama_weights(llama) * sizes.tokens + scores) * config.step.micro_batches / tensor
-    again = {True: forward, "dots": forward - 2.0 * llama_weights(llama) * sizes.tokens / tensor, False: 0.0}
+    again = {True: forward, "dots": scores * config.step.micro_batches / tensor, False: 0.0}
     done = useful / (abreast * tensor) + again[config.step.remat]
     state, frozen = (bytes_per_device(x) for x in (abstract_state(setup, mesh), placed(setup.frozen, mesh)))
     moved = config.step.micro_batches * _bytes_of_part(config, model, sizes, tensor)
@@ -93,9 +88,7 @@ def _bytes_of_part(config: TrainConfig, model: ReadConfig, sizes: _Sizes, tensor
     total += (passes + 1) * item * llama.num_layers * sizes.tokens * wide
     total += (passes + 1) * 2 * _FLOAT32 * llama.num_layers * llama.num_heads / tensor * sizes.pairs
     total += 6 * _FLOAT32 * sizes.answers * llama.vocab_size
-    if not config.data.features:
-        total += sizes.pictures * _sam_bytes(model, item)
-    return total
+    return total + sizes.pictures * _sam_bytes(model, item)
 
 
 def _sam_bytes(model: ReadConfig, item: int) -> float:
@@ -125,8 +118,4 @@ def _memory(config: TrainConfig, model: ReadConfig, sizes: _Sizes, mesh: Mesh, *
     tables = 2 * item * llama.vocab_size * llama.hidden_size * (fsdp * tensor > 1)
     encoder = 2 * _FLOAT32 * model.sam.num_heads * model.sam.grid_size**4
     masks = 8 * _FLOAT32 * sizes.pictures * config.data.questions * math.prod(config.data.mask_canvas)
-    return (
-        gradients
-        + llama.num_layers * kept
-        + max(one + gathered, logits + tables, encoder * (not config.data.features), masks)
-    )
+    return gradients + llama.num_layers * kept + max(one + gathered, logits + tables, encoder, masks)

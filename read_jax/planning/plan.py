@@ -46,7 +46,7 @@ class Plan:
 
     Attributes:
         topology, slices, chip, mesh: the machine, and how its devices are arranged.
-        pictures, questions, tokens: of an update; tokens are those of the questions and prefixes.
+        pictures, questions, tokens: of an update; tokens are those of a question with its answer.
         micro_batches, remat: how it is cut, and what is recomputed.
         cost: per device, by our own count.
         memory, traffic: per device, as the compiler has them.
@@ -80,7 +80,8 @@ class Plan:
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds that an update takes at least, by what would bound it."""
+        """Seconds that an update takes at least, by what would bound it; the slow network between slices is
+        taken for as fast as the links."""
         return {
             "arithmetic": self.cost.done / self.chip.flops,
             "memory": self.cost.bytes / self.chip.bandwidth,
@@ -205,7 +206,7 @@ def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
     devices = len(topology_devices(topology, slices)) // slices
     found = []
     for tensor in (size for size in (1, 2, 4, 8) if devices % size == 0):
-        for fsdp in (size for size in _divisors(devices // tensor)):
+        for fsdp in _divisors(devices // tensor):
             mesh = MeshConfig(devices // tensor // fsdp, fsdp, tensor, slices)
             try:
                 placed = mesh_of(topology, mesh)

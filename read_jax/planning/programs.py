@@ -19,11 +19,11 @@ from read_jax.config import READ_PRESETS, ReadConfig, SamConfig
 from read_jax.data.packing import batch_examples
 from read_jax.errors import ConfigError
 from read_jax.models.read import Read
-from read_jax.sharding import batch_devices, batch_sharding, parameter_shardings, tree_shardings
+from read_jax.sharding import batch_sharding, parameter_shardings, tree_shardings
 from read_jax.training.config import TrainConfig
 from read_jax.training.lora import add_adapters
 from read_jax.training.optimizer import make_optimizer
-from read_jax.training.run import jit_step
+from read_jax.training.run import check_shares, jit_step
 from read_jax.training.step import TrainState, init_state, split_model
 from read_jax.weights.checkpoint import is_model_folder, load_config
 
@@ -84,7 +84,9 @@ def architecture(config: TrainConfig, preset: str | None = None) -> ReadConfig:
 
 
 def set_up(config: TrainConfig, model: ReadConfig) -> Setup:
-    """A run that starts from such a model."""
+    """A run that starts from such a model; raises `ConfigError` for one that reads the encoders' features."""
+    if config.data.features:
+        raise ConfigError("a plan is of a step that runs the encoders: leave data.features empty.")
     model = model.replace(sasp=config.start.sasp_config(model.sasp))
     kind = jnp.dtype(config.dtype)
 
@@ -127,12 +129,7 @@ def train_program(setup: Setup, mesh: Mesh) -> Program:
 
 def check_mesh(setup: Setup, mesh: Mesh) -> None:
     """Raise `ConfigError` when the mesh cannot share the batch evenly, or the heads."""
-    data, parts, abreast = setup.config.data, setup.config.step.micro_batches, batch_devices(mesh)
-    if data.global_batch % (parts * abreast):
-        raise ConfigError(
-            f"{abreast} devices (data x fsdp of the mesh) cannot share {parts} micro-batches of "
-            f"{data.global_batch} pictures evenly."
-        )
+    check_shares(setup.config, mesh)
     shapes = {
         ".".join(map(str, path)): leaf.shape
         for part in (setup.params, setup.frozen)

@@ -49,6 +49,8 @@ def _speed(plan: Plan, pictures: int | None, price: float | None) -> list[str]:
     bound = max(times, key=lambda name: times[name])
     each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
     lines = [f"an update takes at least {times[bound]:.2f} s, bound by {bound} ({each})"]
+    if plan.slices > 1:
+        lines.append("not counted: that the network between slices is slower than the links")
     for share in UTILISATIONS:
         # a share of the peak in useful operations, but never faster than what bounds it
         seconds = max(plan.cost.useful / plan.chip.flops / share, times[bound])

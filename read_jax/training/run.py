@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from read_jax.config import ReadConfig
 from read_jax.data.mixture import Mixture, load_mixture
@@ -85,11 +85,7 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
     mesh = make_mesh(config.mesh)
     abreast, shared = batch_devices(mesh), batch_sharding(mesh)
     part = config.data.global_batch // config.step.micro_batches
-    if part % abreast:
-        raise ConfigError(
-            f"{abreast} devices (data x fsdp of the mesh) cannot share micro-batches of {part} pictures "
-            f"(global_batch {config.data.global_batch}, micro_batches {config.step.micro_batches}) evenly."
-        )
+    check_shares(config, mesh)
 
     mixture = make_mixture(config.data)
     folder, record = base_model(config, mixture, workdir)
@@ -179,6 +175,23 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
         ),
     )
     return run, state
+
+
+def check_shares(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raise `ConfigError` when the devices of a mesh cannot share every part of a batch evenly."""
+    pictures, parts, abreast = config.data.global_batch, config.step.micro_batches, batch_devices(mesh)
+    if pictures % (parts * abreast) == 0:
+        return
+    suited = [n for n in range(1, pictures + 1) if pictures % (n * abreast) == 0]
+    way = (
+        f"step.micro_batches can be {', '.join(map(str, suited))}"
+        if suited
+        else (f"data.global_batch must be a multiple of {abreast}")
+    )
+    raise ConfigError(
+        f"{abreast} devices (data x fsdp of the mesh) cannot share {parts} micro-batches of "
+        f"{pictures} pictures in all evenly: {way}."
+    )
 
 
 def jit_step(
