@@ -39,10 +39,43 @@ require() {
     [[ $2 =~ ^($3)$ ]] || fail "$1 must be $4, not '$2'"
 }
 
-# value --option "$@": what follows an option.
-value() {
-    [[ $# -ge 3 && $3 != -- ]] || fail "$1 needs a value"
-    echo "$3"
+# options 'NAMES' 'FLAGS' "$@": sets the variable of each option's name, of a flag to true; --help and --dry-run all
+# launchers have. What follows -- becomes `arguments`; other words become `words`, where FLAGS has WORDS.
+options() {
+    local named=" $1 " flags=" $2 " option
+    shift 2
+    arguments=() words=()
+    while [[ $# -gt 0 ]]; do
+        option=${1#--}
+        case $1 in
+            -h | --help) help ;;
+            --dry-run) DRY_RUN=true ;;
+            --)
+                arguments=("${@:2}")
+                return
+                ;;
+            *)
+                if [[ $1 == --* && $flags == *" $option "* ]]; then
+                    printf -v "$option" true
+                elif [[ $1 == --* && $named == *" $option "* ]]; then
+                    [[ $# -ge 2 && $2 != -- ]] || fail "$1 needs a value"
+                    printf -v "$option" %s "$2"
+                    shift
+                elif [[ $1 != -* && $flags == *" WORDS "* ]]; then
+                    words+=("$1")
+                else
+                    fail "there is no option $1; see --help"
+                fi
+                ;;
+        esac
+        shift
+    done
+}
+
+# What to run must have been said.
+something_to_run() {
+    ((${#arguments[@]} > 0)) \
+        || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --config ...'
 }
 
 # positive --option VALUE: a positive number.

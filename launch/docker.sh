@@ -29,22 +29,7 @@ name='' data='' runs='' gpus=all image=read-jax extra=gpu restarts=20
 [[ $# -gt 0 ]] || fail 'say what to do: build, start, watch, status, stop, resume or remove'
 action=$1
 shift
-while [[ $# -gt 0 ]]; do
-    case $1 in
-        -h | --help) help ;;
-        --dry-run) DRY_RUN=true ;;
-        --name) name=$(value "$1" "$@") && shift ;;
-        --data) data=$(value "$1" "$@") && shift ;;
-        --runs) runs=$(value "$1" "$@") && shift ;;
-        --gpus) gpus=$(value "$1" "$@") && shift ;;
-        --image) image=$(value "$1" "$@") && shift ;;
-        --extra) extra=$(value "$1" "$@") && shift ;;
-        --restarts) restarts=$(value "$1" "$@") && shift ;;
-        --) shift && break ;;
-        *) fail "there is no option $1; see --help" ;;
-    esac
-    shift
-done
+options 'name data runs gpus image extra restarts' '' "$@"
 
 folder() {
     [[ -n $2 ]] || fail "$1 is missing: a folder"
@@ -53,7 +38,7 @@ folder() {
 }
 
 start() {
-    [[ $# -gt 0 ]] || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --config ...'
+    something_to_run
     require --gpus "$gpus" 'all|none|[0-9]+|device=[0-9]+(,[0-9]+)*' 'all, none, a number, or device=0,1'
     require --restarts "$restarts" '[0-9]+' 'a number'
     data=$(folder --data "$data")
@@ -75,7 +60,7 @@ if [[ $action == build ]]; then
 fi
 label --name "$name"
 case $action in
-    start) start "$@" ;;
+    start) start "${arguments[@]}" ;;
     watch) run docker logs --follow --tail 50 "$name" ;;
     status) run docker ps --all --filter "name=^$name\$" ;;
     stop) run docker stop "$name" ;;

@@ -26,27 +26,7 @@ name='' cluster='' zone='' project='' type='' slices=1 spot=false image='' bucke
 [[ $# -gt 0 ]] || fail 'say what to do: create, mount, start, watch, status, stop, resume, fetch or delete'
 action=$1
 shift
-while [[ $# -gt 0 ]]; do
-    case $1 in
-        -h | --help) help ;;
-        --dry-run) DRY_RUN=true ;;
-        --spot) spot=true ;;
-        --name) name=$(value "$1" "$@") && shift ;;
-        --cluster) cluster=$(value "$1" "$@") && shift ;;
-        --zone) zone=$(value "$1" "$@") && shift ;;
-        --project) project=$(value "$1" "$@") && shift ;;
-        --type) type=$(value "$1" "$@") && shift ;;
-        --slices) slices=$(value "$1" "$@") && shift ;;
-        --image) image=$(value "$1" "$@") && shift ;;
-        --bucket) bucket=$(value "$1" "$@") && shift ;;
-        --restarts) restarts=$(value "$1" "$@") && shift ;;
-        --from) from=$(value "$1" "$@") && shift ;;
-        --to) to=$(value "$1" "$@") && shift ;;
-        --) shift && break ;;
-        *) fail "there is no option $1; see --help" ;;
-    esac
-    shift
-done
+options 'name cluster zone project type slices image bucket restarts from to' 'spot' "$@"
 bucket=${bucket#gs://}
 
 on_cluster() {
@@ -64,7 +44,7 @@ of_type() {
 }
 
 start() {
-    [[ $# -gt 0 ]] || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --config ...'
+    something_to_run
     label --name "$name"
     require --image "$image" '[a-z0-9][a-z0-9._/:@-]*' 'the name of an image that the cluster can get'
     require --restarts "$restarts" '[0-9]+' 'a number'
@@ -91,7 +71,7 @@ case $action in
         run xpk storage attach "$bucket" "${where[@]}" --type gcsfuse --bucket "$bucket" \
             --mount-point /bucket --readonly false --auto-mount true --size 1000
         ;;
-    start | resume) start "$@" ;;
+    start | resume) start "${arguments[@]}" ;;
     watch)
         label --name "$name"
         need kubectl 'gcloud components install kubectl'

@@ -17,27 +17,16 @@
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
-devices='' restarts=0 grace=90 port='' count=''
-while [[ $# -gt 0 ]]; do
-    case $1 in
-        -h | --help) help ;;
-        --dry-run) DRY_RUN=true ;;
-        --devices) devices=$(value "$1" "$@") && shift ;;
-        --restarts) restarts=$(value "$1" "$@") && shift ;;
-        --grace) grace=$(value "$1" "$@") && shift ;;
-        --port) port=$(value "$1" "$@") && shift ;;
-        --) shift && break ;;
-        -*) fail "there is no option $1; see --help" ;;
-        *) [[ -z $count ]] || fail "write -- before the arguments of read-jax" && count=$1 ;;
-    esac
-    shift
-done
+devices='' restarts=0 grace=90 port=''
+options 'devices restarts grace port' 'WORDS' "$@"
+((${#words[@]} < 2)) || fail "write -- before the arguments of read-jax"
+count=${words[0]:-}
 positive N "$count"
 require --restarts "$restarts" '[0-9]+' 'a number'
 positive --grace "$grace"
 [[ -z $devices ]] || positive --devices "$devices"
 [[ -z $port ]] || positive --port "$port"
-[[ $# -gt 0 ]] || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --help'
+something_to_run
 ((BASH_VERSINFO[0] > 5 || (BASH_VERSINFO[0] == 5 && BASH_VERSINFO[1] >= 1))) || fail 'needs bash 5.1 or later'
 
 read -r -a program <<< "${READ_JAX:-read-jax}"
@@ -96,7 +85,7 @@ attempt() {
 }
 
 for ((try = 0; ; try++)); do
-    attempt "$@"
+    attempt "${arguments[@]}"
     if ((status == 0 || status == 75 || try == restarts)) || $told; then
         exit "$status"
     fi

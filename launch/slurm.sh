@@ -23,29 +23,11 @@
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
-name='' nodes=1 gpus=8 cpus=12 limit='' partition='' account='' environment=${VIRTUAL_ENV:-} from='' to=''
+name='' nodes=1 gpus=8 cpus=12 time='' partition='' account='' environment=${VIRTUAL_ENV:-} from='' to=''
 [[ $# -gt 0 ]] || fail 'say what to do: start, watch, status, stop, resume or fetch'
 action=$1
 shift
-while [[ $# -gt 0 ]]; do
-    case $1 in
-        -h | --help) help ;;
-        --dry-run) DRY_RUN=true ;;
-        --name) name=$(value "$1" "$@") && shift ;;
-        --nodes) nodes=$(value "$1" "$@") && shift ;;
-        --gpus) gpus=$(value "$1" "$@") && shift ;;
-        --cpus) cpus=$(value "$1" "$@") && shift ;;
-        --time) limit=$(value "$1" "$@") && shift ;;
-        --partition) partition=$(value "$1" "$@") && shift ;;
-        --account) account=$(value "$1" "$@") && shift ;;
-        --environment) environment=$(value "$1" "$@") && shift ;;
-        --from) from=$(value "$1" "$@") && shift ;;
-        --to) to=$(value "$1" "$@") && shift ;;
-        --) shift && break ;;
-        *) fail "there is no option $1; see --help" ;;
-    esac
-    shift
-done
+options 'name nodes gpus cpus time partition account environment from to' '' "$@"
 
 job_script() {
     cat << 'JOB'
@@ -76,17 +58,17 @@ JOB
 }
 
 start() {
-    [[ $# -gt 0 ]] || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --config ...'
+    something_to_run
     positive --nodes "$nodes"
     positive --gpus "$gpus"
     positive --cpus "$cpus"
     require --environment "$environment" '/.*' 'the full path of a virtual environment'
-    [[ -z $limit ]] || require --time "$limit" '[0-9]+(-[0-9]+)?(:[0-9]+){0,2}' 'a time such as 24:00:00'
+    [[ -z $time ]] || require --time "$time" '[0-9]+(-[0-9]+)?(:[0-9]+){0,2}' 'a time such as 24:00:00'
     $DRY_RUN || [[ -x $environment/bin/read-jax ]] || fail "there is no read-jax in $environment"
     local options=(--job-name "$name" --nodes "$nodes" --ntasks-per-node "$gpus" --gpus-per-node "$gpus")
     options+=(--cpus-per-task "$cpus" --exclusive --requeue --open-mode append --output "$name.log")
     options+=(--signal B:USR1@120)
-    [[ -z $limit ]] || options+=(--time "$limit")
+    [[ -z $time ]] || options+=(--time "$time")
     [[ -z $partition ]] || options+=(--partition "$partition")
     [[ -z $account ]] || options+=(--account "$account")
     if $DRY_RUN; then
@@ -108,7 +90,7 @@ fi
 label --name "$name"
 need sbatch 'run this on a machine of the cluster'
 case $action in
-    start | resume) start "$@" ;;
+    start | resume) start "${arguments[@]}" ;;
     watch) run tail -n 50 -F "$name.log" ;;
     status) run squeue --name "$name" ;;
     stop) run scancel --batch --signal TERM --name "$name" ;;

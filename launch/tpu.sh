@@ -33,26 +33,7 @@ name='' zone='' project='' type='' runtime='' slices=1 spot=false bucket='' rest
 [[ $# -gt 0 ]] || fail 'say what to do: create, install, start, watch, status, stop, resume, fetch or delete'
 action=$1
 shift
-while [[ $# -gt 0 ]]; do
-    case $1 in
-        -h | --help) help ;;
-        --dry-run) DRY_RUN=true ;;
-        --spot) spot=true ;;
-        --name) name=$(value "$1" "$@") && shift ;;
-        --zone) zone=$(value "$1" "$@") && shift ;;
-        --project) project=$(value "$1" "$@") && shift ;;
-        --type) type=$(value "$1" "$@") && shift ;;
-        --runtime) runtime=$(value "$1" "$@") && shift ;;
-        --slices) slices=$(value "$1" "$@") && shift ;;
-        --bucket) bucket=$(value "$1" "$@") && shift ;;
-        --restarts) restarts=$(value "$1" "$@") && shift ;;
-        --from) from=$(value "$1" "$@") && shift ;;
-        --to) to=$(value "$1" "$@") && shift ;;
-        --) shift && break ;;
-        *) fail "there is no option $1; see --help" ;;
-    esac
-    shift
-done
+options 'name zone project type runtime slices bucket restarts from to' 'spot' "$@"
 bucket=${bucket#gs://}
 [[ -z $bucket ]] || require --bucket "$bucket" '[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]' 'the name of a bucket, without folders'
 
@@ -118,7 +99,7 @@ command -v gcsfuse > /dev/null || echo "gcsfuse is not installed here: --bucket 
 }
 
 start() {
-    [[ $# -gt 0 ]] || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --config ...'
+    something_to_run
     require --restarts "$restarts" '[0-9]+' 'a number'
     local command
     command=$(show read-jax/launch/worker.sh "${bucket:--}" "$restarts" "$@")
@@ -130,7 +111,7 @@ case $action in
     -h | --help) help ;;
     create) common && create ;;
     install) common && install ;;
-    start) common && start "$@" ;;
+    start) common && start "${arguments[@]}" ;;
     watch) common && resources ssh "$name" --node 0 --worker 0 --command 'tail -n 50 -F read-jax.log' ;;
     status)
         common
@@ -140,9 +121,9 @@ case $action in
     stop) common && everywhere 'xargs kill -TERM < read-jax.pid' ;;
     resume)
         common
-        [[ $# -gt 0 ]] || fail 'nothing to run: write -- and the arguments of read-jax'
+        something_to_run
         resources delete "$name" --force --quiet || echo "$ME: there was no $name to give back" >&2
-        create && install && start "$@"
+        create && install && start "${arguments[@]}"
         ;;
     fetch)
         [[ -n $bucket ]] || fail '--bucket is missing: where the run has its folder'
