@@ -1,18 +1,34 @@
 """The one door through which every attention of the project goes.
 
-The implementation here is the plain one, in jax.numpy: the reference that any kernel must equal.
-Scores and softmax are float32 whatever the inputs are. Shapes: B batch, Q questions per image,
-T queries, S and C keys, H query heads, G key/value heads (H a multiple of G), K head size.
+The implementation here is the plain one, in jax.numpy: the reference that any kernel must equal. A TPU's
+splash attention takes its place where sequences are long (SAM's global layers, LLaMA's training); the
+environment variable READ_JAX_ATTENTION chooses otherwise (`IMPLEMENTATIONS`). Scores and softmax are float32
+whatever the inputs are.
+
+Shapes: B batch, Q questions per image, T queries, S and C keys, N tokens of self-attention, H query heads, G
+key/value heads (H a multiple of G), K head size.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from read_jax.errors import ConfigError
+from read_jax.models.kernels import Packed, cudnn_attention, splash_attention
+
 Array = jax.Array
+
+IMPLEMENTATIONS = ("auto", "plain", "splash", "splash-interpreted", "cudnn")
+"""Values of READ_JAX_ATTENTION. auto: splash on TPUs, plain elsewhere; splash-interpreted: that kernel without
+a TPU, slowly; cudnn: NVIDIA's, in bfloat16."""
+
+KERNEL_FROM = 512
+"""Tokens from which a kernel is worth its padding."""
 
 BLOCKED_FROM = 2**22
 """Scores per head from which a CPU computes them block by block (a 64x64 grid has four times as many)."""
@@ -36,10 +52,41 @@ def attention(
     Returns:
         [B, T, H, V] in the type of `v`.
     """
+    kernel = _kernel(q.shape[1])
+    if kernel is not None and mask is None and q.shape[1] == k.shape[1]:
+        return kernel(q, k, v, scale=scale)
     if mask is None and q.shape[1] * k.shape[1] >= BLOCKED_FROM and q.shape[1] % QUERY_BLOCK == 0:
         blocked, plain = (functools.partial(f, scale=scale) for f in (_blocked, _plain))
         return jax.lax.platform_dependent(q, k, v, cpu=blocked, default=plain)
     return _plain(q, k, v, mask=mask, scale=scale)
+
+
+def packed_attention(q: Array, k: Array, v: Array, layout: Packed) -> Array:
+    """Self-attention of a prefix with questions behind it, all causal: each question sees the prefix and
+    itself.
+
+    Args:
+        q: [B, N, H, K]; k, v: [B, N, G, K]; N is `layout.tokens`.
+        layout: how the tokens are divided.
+
+    Returns:
+        [B, N, H, K].
+    """
+    kernel = _kernel(layout.tokens)
+    if kernel is not None:
+        return kernel(q, k, v, layout=layout, shared_heads=True)
+    first, rows = layout.prefix, (layout.questions, layout.length)
+
+    def causal(n: int) -> Array:
+        return jnp.tril(jnp.ones((n, n), bool))
+
+    of_prefix = _plain(q[:, :first], k[:, :first], v[:, :first], mask=causal(first), scale=None)
+    if not layout.questions:
+        return of_prefix
+    own = [x[:, first:].reshape(x.shape[0], *rows, *x.shape[2:]) for x in (q, k, v)]
+    mask = jnp.broadcast_to(causal(layout.length), (q.shape[0], *rows, layout.length))
+    of_rows = prefix_attention(own[0], k[:, :first], v[:, :first], own[1], own[2], mask=mask)
+    return jnp.concatenate([of_prefix, of_rows.reshape(q.shape[0], -1, *of_rows.shape[3:])], axis=1)
 
 
 def prefix_attention(q: Array, prefix_k: Array, prefix_v: Array, k: Array, v: Array, *, mask: Array) -> Array:
@@ -68,6 +115,24 @@ def prefix_attention(q: Array, prefix_k: Array, prefix_v: Array, k: Array, v: Ar
     prefix_weights = weights[..., :s].swapaxes(1, 2).reshape(b, h, questions * t, s)
     from_prefix = _weigh(prefix_weights, prefix_v).reshape(b, questions, t, h, -1)
     return from_prefix + jax.vmap(_weigh)(weights[..., s:], v)
+
+
+def _kernel(tokens: int) -> Callable[..., Array] | None:
+    """The kernel for a sequence of so many tokens on the platform that is traced for; None: the plain one."""
+    chosen = os.environ.get("READ_JAX_ATTENTION", "auto")
+    if chosen not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ConfigError(f"READ_JAX_ATTENTION is {chosen!r}; it can be one of: {known}.")
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if chosen == "plain" or tokens < KERNEL_FROM:
+        return None
+    if chosen == "splash-interpreted":
+        return functools.partial(splash_attention, interpret=True)
+    if chosen == "splash" or (chosen == "auto" and platform == "tpu"):
+        return splash_attention
+    return cudnn_attention if chosen == "cudnn" else None
 
 
 def _plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, scale: float | None) -> Array:

@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from read_jax.config import LlamaConfig
-from read_jax.models.attention import attention, prefix_attention
+from read_jax.models.attention import attention, packed_attention, prefix_attention
+from read_jax.models.kernels import Packed
 from read_jax.models.layers import DType, float32_rms_norm, linear, scan_layers, stack_layers
 from read_jax.sharding import constrain
 
@@ -174,14 +175,19 @@ class Llama(nnx.Module):
         """
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         causal = jnp.tril(jnp.ones((x.shape[2], x.shape[2]), bool))
-
+        causal = jnp.broadcast_to(causal, (*x.shape[:3], x.shape[2]))
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def body(layer: LlamaLayer, x: Array, xs: tuple[KeyValues | None, Array | None]) -> Any:
             prefix, key = xs
             x = constrain(x, "batch")
             q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, key)
-            return self._finish(layer, x, _attend(q, k, v, prefix, causal)), KeyValues(k, v)
+            if prefix is not None:
+                out = prefix_attention(q, prefix.keys, prefix.values, k, v, mask=causal)
+            else:
+                rows = (y.reshape(-1, *y.shape[2:]) for y in (q, k, v))
+                out = packed_attention(*rows, Packed(x.shape[2])).reshape(q.shape)
+            return self._finish(layer, x, out), KeyValues(k, v)
 
         x, own = scan_layers(self.layers, x, body, (prefix, keys), remat=remat)
         return self.norm(x), own
@@ -210,30 +216,18 @@ class Llama(nnx.Module):
         (images, first), (questions, length) = prefix.shape[:2], x.shape[1:3]
         positions = jnp.concatenate([jnp.arange(first), jnp.tile(first + jnp.arange(length), questions)])
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        before, own = (jnp.tril(jnp.ones((n, n), bool)) for n in (first, length))
+        layout = Packed(first, questions, length)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
-
-        def of_prefix(y: Array) -> Array:
-            return y[:, None, :first]  # as one row
-
-        def of_rows(y: Array) -> Array:
-            return y[:, first:].reshape(images, questions, length, *y.shape[2:])
 
         def body(layer: LlamaLayer, x: Array, key: Array | None) -> tuple[Array, None]:
             x = constrain(x, "batch")
             q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, key)
-            shared = KeyValues(k[:, :first], v[:, :first])
-            attended = (
-                _attend(of_prefix(q), of_prefix(k), of_prefix(v), None, before),
-                _attend(of_rows(q), of_rows(k), of_rows(v), shared, own),
-            )
-            joined = jnp.concatenate([y.reshape(images, -1, *y.shape[3:]) for y in attended], axis=1)
-            return self._finish(layer, x, joined), None
+            return self._finish(layer, x, packed_attention(q, k, v, layout)), None
 
         joined = jnp.concatenate([prefix, x.reshape(images, questions * length, -1)], axis=1)
         joined, _ = scan_layers(self.layers, joined, body, keys, remat=remat)
         joined = self.norm(joined)
-        return joined[:, :first], of_rows(joined)
+        return joined[:, :first], joined[:, first:].reshape(images, questions, length, -1)
 
     def extend(
         self, x: Array, positions: Array, cache: KeyValues, slots: Array, *, prefix: KeyValues | None = None
@@ -285,8 +279,7 @@ class Llama(nnx.Module):
 
 
 def _attend(q: Array, k: Array, v: Array, prefix: KeyValues | None, mask: Array) -> Array:
-    """Attention of rows [B, Q, T, H, K] to their own keys (mask [T, C] or [B, Q, T, C]) and the prefix."""
-    mask = jnp.broadcast_to(mask, (*q.shape[:3], k.shape[2]))
+    """Attention of rows [B, Q, T, H, K] to cached keys [B, Q, C, G, K] (mask [B, Q, T, C]) and the prefix."""
     if prefix is not None:
         return prefix_attention(q, prefix.keys, prefix.values, k, v, mask=mask)
     return jax.vmap(lambda q, k, v, m: attention(q, k, v, mask=m[:, None]))(q, k, v, mask)
