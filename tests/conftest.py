@@ -44,7 +44,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests have hours, the others what pyproject.toml says."""
+    """Slow tests have hours, the others what pyproject.toml says; the longest files come first."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(HOURS))
@@ -62,6 +63,12 @@ def compiled_quickly() -> Iterator[None]:
         jax.config.update(name, True)
         yield
         jax.config.update(name, before)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """The TPU's, which needs no TPU; a test that asks for it is skipped, plainly, without it."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
 
 
 @pytest.fixture(scope="session")

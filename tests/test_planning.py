@@ -212,11 +212,6 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch, capsys):
     topology_devices.cache_clear()
 
 
-@pytest.fixture
-def compiler():
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
-
-
 def test_the_compiler_knows_the_machines(compiler):
     for text, chips in (("v5e:4x4", 16), ("v5p:2x2x4", 16), ("v6e:4x4", 16), ("v4:2x2x2", 8)):
         assert len(topology_devices(text)) == chips

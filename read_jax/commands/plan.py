@@ -10,6 +10,8 @@ from typing import Any
 
 from read_jax.commands.shared import add_config, command
 
+_PATIENCE = "compiling; this takes minutes ..."
+
 
 def add_plan(commands: Any) -> None:
     """Add `read-jax plan`."""
@@ -17,9 +19,17 @@ def add_plan(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "compile a training step for a TPU that is not at hand: does it fit, how fast can it be",
-        "Compiles the real step with the TPU's own compiler (pip install 'read-jax[plan]'; neither a TPU nor "
-        "weights are needed). That takes minutes. The exit status is 1 when the step does not fit.",
+        "compile training or answering for a TPU that is not at hand: does it fit, how fast can it be",
+        "Compiles the real programs with the TPU's own compiler (pip install 'read-jax[plan]'; neither a TPU "
+        "nor weights are needed). That takes minutes. The exit status is 1 when they do not fit.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("train", "evaluate", "serve"),
+        default="train",
+        help="train (default): an update; evaluate: masks for given answers; serve: answers generated too. "
+        "The last two are of one process, whose chips share a model (--mesh tensor=N)",
     )
     add_config(parser)
     parser.add_argument(
@@ -33,7 +43,16 @@ def add_plan(commands: Any) -> None:
         "--mesh", metavar="AXIS=N,...", help="data, fsdp, tensor in every slice (default: the recipe's)"
     )
     parser.add_argument(
-        "--batch", type=int, metavar="N", help="pictures of an update (default: the recipe's)"
+        "--batch",
+        type=int,
+        metavar="N",
+        help="pictures of an update (default: the recipe's), or that are answered about together (8)",
+    )
+    parser.add_argument(
+        "--questions", type=int, metavar="N", help="evaluate, serve: about each picture together (default: 4)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, metavar="N", help="serve: the longest answer (default: 512)"
     )
     parser.add_argument(
         "--model", metavar="NAME", help="architecture, such as read-7b (default: the recipe's)"
@@ -47,12 +66,29 @@ def add_plan(commands: Any) -> None:
         action="store_true",
         help="rank meshes, parts of the batch and remat policies by our own count, and compile the best",
     )
-    parser.add_argument("--save", metavar="FILE", help="keep the executable")
+    parser.add_argument("--save", metavar="FILE", help="train: keep the executable")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from read_jax.errors import ConfigError
+
+    training = arguments.what == "train"
+    others = ("questions", "new_tokens") if training else ("slices", "pictures", "price", "search", "save")
+    if arguments.what == "evaluate":
+        others += ("new_tokens",)
+    for name in others:
+        if getattr(arguments, name):
+            raise ConfigError(f"--{name.replace('_', '-')} says nothing about a plan to {arguments.what}.")
+    if arguments.price is not None and arguments.pictures is None:
+        raise ConfigError("--price is for an epoch: give its --pictures too.")
+    for file in filter(None, (arguments.json, arguments.save)):
+        if not Path(file).expanduser().absolute().parent.is_dir():  # known before minutes of compiling
+            raise ConfigError(f"there is no folder for {file}.")
+    return _plan_training(arguments) if training else _plan_answering(arguments)
+
+
+def _plan_training(arguments: argparse.Namespace) -> int:
     from read_jax.files import write_file
     from read_jax.planning.plan import make_plan, search
     from read_jax.planning.programs import architecture, set_up
@@ -60,11 +96,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     from read_jax.training.config import load_config
 
     changes = list(arguments.changes)
-    if arguments.price is not None and arguments.pictures is None:
-        raise ConfigError("--price is for an epoch: give its --pictures too.")
-    for file in filter(None, (arguments.json, arguments.save)):
-        if not Path(file).expanduser().absolute().parent.is_dir():  # known before minutes of compiling
-            raise ConfigError(f"there is no folder for {file}.")
     if arguments.batch is not None:
         changes.append(f"data.global_batch={arguments.batch}")
     changes += _mesh_changes(arguments.mesh, arguments.slices)
@@ -79,14 +110,54 @@ def _plan(arguments: argparse.Namespace) -> int:
             return 1
         best = found[0]
         mesh, setup = best.mesh, setup.with_step(micro_batches=best.micro_batches, remat=best.remat)
-    print("compiling; this takes minutes ...", file=sys.stderr)
+    print(_PATIENCE, file=sys.stderr)
     plan = make_plan(setup, arguments.topology, mesh, serialize=bool(arguments.save))
     print(plan_text(plan, pictures=arguments.pictures, price=arguments.price))
-    if arguments.json:
-        write_file(Path(arguments.json).expanduser(), (json.dumps(plan.to_dict(), indent=2) + "\n").encode())
+    _write_json(arguments.json, plan.to_dict())
     if arguments.save and plan.serialized:
         write_file(Path(arguments.save).expanduser(), plan.serialized)
     return 0 if plan.fits else 1
+
+
+def _plan_answering(arguments: argparse.Namespace) -> int:
+    from read_jax.planning.inference import Load, plan_inference
+    from read_jax.planning.programs import architecture
+    from read_jax.planning.tables import inference_text
+    from read_jax.training.config import load_config
+
+    config = load_config(arguments.config, arguments.changes)
+    group = _group(arguments.mesh)
+    asked = {
+        "pictures": arguments.batch,
+        "questions": arguments.questions,
+        "new_tokens": arguments.new_tokens,
+    }
+    load = Load(**{name: value for name, value in asked.items() if value is not None})
+    model = architecture(config, arguments.model)
+    print(_PATIENCE, file=sys.stderr)
+    plan = plan_inference(model, arguments.topology, arguments.what, group, load)
+    print(inference_text(plan))
+    _write_json(arguments.json, plan.to_dict())
+    return 0 if plan.fits else 1
+
+
+def _write_json(path: str | None, data: dict[str, Any]) -> None:
+    from read_jax.files import write_file
+
+    if path:
+        write_file(Path(path).expanduser(), (json.dumps(data, indent=2) + "\n").encode())
+
+
+def _group(mesh: str | None) -> int:
+    """Chips that share a model, of "tensor=N"; raises `ConfigError` for any other mesh."""
+    from read_jax.errors import ConfigError
+
+    if mesh is None:
+        return 1
+    name, _, size = mesh.partition("=")
+    if name != "tensor" or not size.isdecimal() or int(size) < 1:
+        raise ConfigError(f"to answer, chips share a model by --mesh tensor=N, not {mesh}.")
+    return int(size)
 
 
 def _mesh_changes(mesh: str | None, slices: int | None) -> list[str]:

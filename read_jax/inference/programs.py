@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from read_jax.geometry import ImageGeometry
 from read_jax.inference.generation import Generated, generate
 from read_jax.models.read import ImageFeatures, MaskPrediction, Prefix, Read
 from read_jax.models.sam.postprocess import mask_logits
+from read_jax.sharding import on_mesh
 
 Array = jax.Array
 
@@ -43,6 +45,7 @@ class Programs:
 
     def __init__(self, graphdef: Any, params: Any, *, end_id: int, exact: bool):
         self._params = params
+        mesh = _mesh(params)
         precision = "highest" if exact else "default"
 
         def program(stage: Any, **options: Any) -> Any:
@@ -50,7 +53,7 @@ class Programs:
                 with jax.default_matmul_precision(precision):
                     return stage(nnx.merge(graphdef, params), *args, **kwargs)
 
-            return jax.jit(run, **options)
+            return jax.jit(run if mesh is None else on_mesh(run, mesh), **options)
 
         def answer(
             model: Read,
@@ -85,6 +88,14 @@ class Programs:
         """How many times each program has been compiled."""
         names = ("encode", "prefix", "generate", "gather", "predict", "teacher_force", "logits", "tile")
         return {name: getattr(self, f"_{name}")._cache_size() for name in names}
+
+    def lower(self, stage: str, *args: Any) -> jax.stages.Lowered:
+        """A stage over abstract arguments, behind those that `Programs` has: to compile, not to run.
+
+        stage: "encode", "prefix", "generate", "predict" or "teacher_force", with the arguments of the stage
+        itself (of `Read`, of `generate`).
+        """
+        return getattr(self, f"_{stage}").lower(self._params, *args)
 
     def encode(
         self, clip_pixels: np.ndarray, sam_pixels: np.ndarray, geometry: ImageGeometry
@@ -165,6 +176,15 @@ class Programs:
             part = out[y : y + TILE, x : x + TILE]
             part[:] = np.asarray(tile)[: part.shape[0], : part.shape[1]]
         return out
+
+
+def _mesh(params: Any) -> Mesh | None:
+    """The mesh whose devices share the parameters; None where one device has them."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return None
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh
 
 
 def _gather(

@@ -24,8 +24,8 @@ from read_jax.models.kernels import Packed, cudnn_attention, splash_attention
 Array = jax.Array
 
 IMPLEMENTATIONS = ("auto", "plain", "splash", "splash-interpreted", "cudnn")
-"""Values of READ_JAX_ATTENTION. auto: splash on TPUs, plain elsewhere; splash-interpreted: that kernel without
-a TPU, slowly; cudnn: NVIDIA's, in bfloat16."""
+"""Values of READ_JAX_ATTENTION. auto: splash on TPUs, plain elsewhere; splash-interpreted: that kernel
+without a TPU, slowly; cudnn: NVIDIA's, in bfloat16."""
 
 KERNEL_FROM = 512
 """Tokens from which a kernel is worth its padding."""

@@ -43,7 +43,7 @@ class Packed:
         return self.prefix + self.questions * self.length
 
     def visible(self, size: int | None = None) -> np.ndarray:
-        """bool [query, key], padded to `size` tokens; what is added sees itself, and is seen by nothing else."""
+        """bool [query, key], padded to `size` tokens; what is added sees itself, and nothing else sees it."""
         size = self.tokens if size is None else size
         at = np.arange(size)
         owner = np.where(at < self.prefix, -1, (at - self.prefix) // max(self.length, 1))
@@ -54,7 +54,7 @@ class Packed:
 
 
 def padded_size(tokens: int) -> tuple[int, int]:
-    """(size, block): the tokens filled up to whole blocks, with the least filling, then the largest blocks."""
+    """(size, block): the tokens filled up to whole blocks, with the least filling, then in large blocks."""
     sizes = [(-(-tokens // block) * block, -block) for block in BLOCKS]
     size, block = min(sizes)
     return size, -block

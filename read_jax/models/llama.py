@@ -185,8 +185,8 @@ class Llama(nnx.Module):
             if prefix is not None:
                 out = prefix_attention(q, prefix.keys, prefix.values, k, v, mask=causal)
             else:
-                rows = (y.reshape(-1, *y.shape[2:]) for y in (q, k, v))
-                out = packed_attention(*rows, Packed(x.shape[2])).reshape(q.shape)
+                rows = [y.reshape(-1, *y.shape[2:]) for y in (q, k, v)]
+                out = packed_attention(rows[0], rows[1], rows[2], Packed(x.shape[2])).reshape(q.shape)
             return self._finish(layer, x, out), KeyValues(k, v)
 
         x, own = scan_layers(self.layers, x, body, (prefix, keys), remat=remat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -68,6 +69,24 @@ def parse_topology(text: str) -> tuple[Chip, str]:
             f"{known}."
         )
     return CHIPS[match["chip"]], match["shape"]
+
+
+def group_topology(text: str, devices: int) -> str:
+    """So many neighbouring chips of one host of a machine, as a topology of their own.
+
+    Raises `ConfigError` when a host has fewer.
+    """
+    chip, shape = parse_topology(text)
+    sides = [int(side) for side in shape.split("x")]
+    flat = len(sides) == 2
+    known = {1: (1, 1, 1), 2: (2, 1, 1), 4: (2, 2, 1)} | ({8: (2, 4, 1)} if sides == [2, 4] else {})
+    chips = known.get(devices)
+    if chips is None or math.prod(sides) < devices:
+        known_sizes = ", ".join(map(str, known))
+        raise ConfigError(
+            f"a model is shared by chips of one host: on {text} by {known_sizes}, not {devices} of them."
+        )
+    return f"{chip.name}:" + "x".join(map(str, chips[:2] if flat else chips))
 
 
 @functools.lru_cache

@@ -29,14 +29,14 @@ class Traffic(NamedTuple):
     bytes: float
 
 
-def collectives(text: str) -> dict[str, Traffic]:
+def collectives(text: str, open_rounds: int = 1) -> dict[str, Traffic]:
     """What a program's optimised text (`Compiled.as_text()`) sends between devices, by kind of collective.
 
-    A loop whose number of rounds cannot be told counts once.
+    open_rounds: of a loop whose number of rounds the program does not tell.
     """
     computations = dict(_computations(text))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    times = _times(entry, {name: lines for name, (_, lines) in computations.items()})
+    times = _times(entry, {name: lines for name, (_, lines) in computations.items()}, open_rounds)
     found: dict[str, tuple[str, int, float]] = {}
     for name, (_, lines) in computations.items():
         for number, line in enumerate(lines):
@@ -73,7 +73,7 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
             lines.append(line)
 
 
-def _times(entry: str, computations: Mapping[str, list[str]]) -> collections.Counter[str]:
+def _times(entry: str, computations: Mapping[str, list[str]], open_rounds: int) -> collections.Counter[str]:
     """How often each computation runs."""
     times: collections.Counter[str] = collections.Counter()
 
@@ -85,7 +85,7 @@ def _times(entry: str, computations: Mapping[str, list[str]]) -> collections.Cou
                 for one, several in _CALLED.findall(line)
                 for part in (several.split(",") if several else (one,))
             ]
-            inner = rounds * (_rounds(line, computations) if called else 1)
+            inner = rounds * (_rounds(line, computations, open_rounds) if called else 1)
             for other in called:
                 visit(other, inner)
 
@@ -93,7 +93,7 @@ def _times(entry: str, computations: Mapping[str, list[str]]) -> collections.Cou
     return times
 
 
-def _rounds(line: str, computations: Mapping[str, list[str]]) -> int:
+def _rounds(line: str, computations: Mapping[str, list[str]], open_rounds: int) -> int:
     """Of the loop in a line, 1 of anything else: as the line says, or as its condition compares."""
     condition = _CONDITION.search(line)
     if not condition:
@@ -104,7 +104,7 @@ def _rounds(line: str, computations: Mapping[str, list[str]]) -> int:
     lines = computations.get(condition[1], ())
     constants = {match[1]: int(match[2]) for match in map(_CONSTANT.match, lines) if match}
     limits = [constants.get(match[1]) for match in map(_BELOW.match, lines) if match]
-    return limits[0] if limits and limits[0] else 1
+    return limits[0] if limits and limits[0] else open_rounds
 
 
 def _result_bytes(shapes: str, asynchronous: bool) -> float:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from read_jax.errors import ConfigError, ReadJaxError
-from read_jax.planning.chips import GIB, Chip, parse_topology, topology_devices
+from read_jax.errors import ConfigError
+from read_jax.planning.chips import Chip, parse_topology, topology_devices
+from read_jax.planning.compiler import Memory, compile_lowered, serialize_compiled
 from read_jax.planning.cost import Cost, train_cost
 from read_jax.planning.hlo import Traffic, collectives
 from read_jax.planning.programs import Setup, check_mesh, train_program
@@ -21,23 +20,6 @@ from read_jax.sharding import MeshConfig, make_mesh
 
 UTILISATIONS = (0.4, 0.6)
 """Shares of the peak that well-made training reaches."""
-
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", re.IGNORECASE)
-_UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, as the compiler has it.
-
-    arguments: parameters, moments and batch; temporaries: of the step; code: the program; peak: the most
-    that is held at once. All but peak are None when the program does not fit: then the compiler ends early.
-    """
-
-    arguments: float | None
-    temporaries: float | None
-    code: float | None
-    peak: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +99,11 @@ def make_plan(
     lowered = program.function.lower(*program.arguments)
     began = time.perf_counter()
     serialized, traffic = None, {}
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        memory = Memory(None, None, None, _wanted(error))
-    else:
-        memory, traffic = _memory(compiled), collectives(compiled.as_text())
+    compiled, memory = compile_lowered(lowered)
+    if compiled is not None:
+        traffic = collectives(compiled.as_text() or "")
         if serialize:
-            serialized = compiled.runtime_executable().serialize()
+            serialized = serialize_compiled(compiled)
     data = setup.config.data
     cost = train_cost(setup, placed)
     return Plan(
@@ -148,32 +127,6 @@ def make_plan(
 def mesh_of(topology: str, mesh: MeshConfig) -> Mesh:
     """The mesh of a machine that is not there; raises `ConfigError`."""
     return make_mesh(mesh, topology_devices(topology, mesh.slices))
-
-
-def _memory(compiled: Any) -> Memory:
-    found = compiled.memory_analysis()
-    return Memory(
-        found.argument_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.generated_code_size_in_bytes,
-        max(
-            found.peak_memory_in_bytes,
-            # what leaves does so in the arguments' place, as far as it is the same
-            found.argument_size_in_bytes
-            + found.output_size_in_bytes
-            - found.alias_size_in_bytes
-            + found.temp_size_in_bytes,
-        ),
-    )
-
-
-def _wanted(error: Exception) -> float:
-    """Bytes that a program would have needed which the compiler refused; raises what is no such refusal."""
-    match = _USED.search(str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or not match:
-        line = str(error).strip().splitlines()[0]
-        raise ReadJaxError(f"the compiler failed: {line}") from error
-    return float(match[1]) * _UNITS[match[2].upper()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from read_jax.planning.chips import GIB
+from read_jax.planning.inference import InferencePlan
 from read_jax.planning.plan import UTILISATIONS, Candidate, Plan
 
 _SHOWN = 12  # candidates
@@ -63,6 +64,37 @@ def _speed(plan: Plan, pictures: int | None, price: float | None) -> list[str]:
             line += f", ${hours * plan.devices * price:,.0f}" if price else ""
         lines.append(line)
     return lines
+
+
+def inference_text(plan: InferencePlan) -> str:
+    """A plan to answer questions, for people."""
+    load, chip = plan.load, plan.chip
+    rows = load.pictures * load.questions
+    spare = chip.memory - plan.peak
+    shared = f"{plan.group} chips share the model" if plan.group > 1 else "one chip has the model"
+    room = f", up to {load.new_tokens} new ones" if plan.mode == "serve" else ""
+    lines = [
+        f"fits: {'yes' if plan.fits else 'no'}",
+        f"machine      {plan.topology}: {shared}; each process has such a group",
+        f"together     {load.pictures} pictures x {load.questions} questions x {load.tokens} tokens{room}",
+        f"memory       {_gib(plan.peak)} of {_gib(chip.memory)} per chip at the peak, "
+        f"{_gib(abs(spare))} {'to spare' if plan.fits else 'too much'}",
+        f"{'program':<14}{'peak':>11}{'arithmetic':>12}{'memory':>9}{'links':>9}   sent and gathered",
+    ]
+    for stage in plan.stages:
+        times = stage.times(chip)
+        sent = sum(traffic.bytes for traffic in stage.traffic.values())
+        lines.append(
+            f"{stage.name:<14}{_gib(stage.memory.peak):>11}{times['arithmetic']:>10.3f} s"
+            f"{times['memory']:>7.3f} s{times['links']:>7.3f} s   {sent / 1e9:.2f} GB"
+        )
+    if plan.fits:
+        lines.append(
+            f"all of it takes at least {plan.seconds:.2f} s: at most {load.pictures / plan.seconds:.1f} "
+            f"pictures or {rows / plan.seconds:.1f} answers per second and group"
+        )
+    lines.append(f"compiled in {sum(stage.seconds for stage in plan.stages):.0f} s")
+    return "\n".join(lines)
 
 
 def candidates_table(found: Sequence[Candidate]) -> str:

@@ -148,7 +148,9 @@ for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=Tr
 
 def test_devices_that_share_pictures_and_heads_get_what_one_gets():
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SHARED], env=os.environ | eight, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED], env=os.environ | eight, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

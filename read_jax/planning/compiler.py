@@ -1,0 +1,71 @@
+"""What the compiler says of a program: the memory it needs, or that it does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+from read_jax.errors import ReadJaxError
+from read_jax.planning.chips import GIB
+
+_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", re.IGNORECASE)
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, as the compiler has it.
+
+    arguments: parameters, moments and batch; temporaries: of the step; code: the program; peak: the most
+    that is held at once. All but peak are None when the program does not fit: then the compiler ends early.
+    """
+
+    arguments: float | None
+    temporaries: float | None
+    code: float | None
+    peak: float
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, Memory]:
+    """The program, None if it does not fit, and its memory; raises `ReadJaxError` when compiling fails
+    otherwise."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return None, Memory(None, None, None, _wanted(error))
+    return compiled, _memory(compiled)
+
+
+def serialize_compiled(compiled: jax.stages.Compiled) -> bytes:
+    """The executable, for the machine that it was compiled for to load."""
+    executable: Any = compiled.runtime_executable()
+    return executable.serialize()
+
+
+def _memory(compiled: Any) -> Memory:
+    found = compiled.memory_analysis()
+    return Memory(
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+        max(
+            found.peak_memory_in_bytes,
+            # what leaves does so in the arguments' place, as far as it is the same
+            found.argument_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+            + found.temp_size_in_bytes,
+        ),
+    )
+
+
+def _wanted(error: Exception) -> float:
+    """Bytes that a program would have needed which the compiler refused; raises what is no such refusal."""
+    match = _USED.search(str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not match:
+        line = str(error).strip().splitlines()[0]
+        raise ReadJaxError(f"the compiler failed: {line}") from error
+    return float(match[1]) * _UNITS[match[2].upper()]
