@@ -125,6 +125,7 @@ class InferencePlan:
         }
         for stage, entry in zip(self.stages, data["stages"], strict=True):
             entry["times"] = stage.times(self.chip)
+            entry["traffic"] = {kind: traffic._asdict() for kind, traffic in stage.traffic.items()}
         return data
 
 

@@ -73,6 +73,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         data = dataclasses.asdict(self) | {"fits": self.fits, "devices": self.devices, "times": self.times}
+        data["cost"] = self.cost._asdict()
+        data["traffic"] = {kind: traffic._asdict() for kind, traffic in self.traffic.items()}
         del data["serialized"]
         return data
 
