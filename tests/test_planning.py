@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -97,10 +98,39 @@ def plan(setup, **changes):
     return dataclasses.replace(found, **changes)
 
 
-@pytest.mark.parametrize("text", ["v5e", "v5e:", "v5e:4x", "4x4", "h100:8", "v9:4x4", ""])
+@pytest.mark.parametrize("text", ["v5e", "v5e:", "v5e:4x", "4x4", "l4:8", "v9:4x4", ""])
 def test_what_is_no_topology_is_refused_with_an_example(text):
-    with pytest.raises(ConfigError, match=r"for example v5e:4x4.*v4, v5e, v5p, v6e"):
+    with pytest.raises(ConfigError, match=r"for example v5e:4x4.*v4, v5e, v5p, v6e, a100, h100"):
         parse_topology(text)
+
+
+@pytest.mark.parametrize("text", ["h100:2x8", "h100:0", "a100:17"])
+def test_gpus_are_counted_by_node(text):
+    with pytest.raises(ConfigError, match="how many a node has, for example .100:8, and by slices"):
+        parse_topology(text)
+
+
+def test_without_the_cuda_compiler_it_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+    common = ["plan", "--config", "nano_scenes:runlocal", "--topology", "h100:8"]
+    monkeypatch.delenv("READ_JAX_CUDA", raising=False)
+    assert cli.main(common) == 1
+    assert "pip install --no-deps --target DIR jax-cuda13-pjrt==" in capsys.readouterr().err
+    monkeypatch.setenv("READ_JAX_CUDA", str(tmp_path))
+    assert cli.main(common) == 1
+    assert "there is no jax_plugins/xla_cuda*/xla_cuda_plugin.so" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_scaled_down_step_compiles_for_gpus_within_their_memory():
+    if "READ_JAX_CUDA" not in os.environ:
+        pytest.skip("the CUDA compiler is not at hand: set READ_JAX_CUDA to its folder")
+    config = load_config(
+        "read_7b_reasonseg:runlocal", ["step.micro_batches=1", "data.global_batch=8", "dtype=bfloat16"]
+    )
+    made = make_plan(set_up(config, architecture(config)), "h100:8", MeshConfig(fsdp=8))
+    assert made.fits
+    assert made.memory.temporaries is not None and made.memory.temporaries < 256 * 2**20
+    assert made.traffic["all-gather"].number > 0
 
 
 def test_the_chips_are_those_that_the_flop_counter_knows():

@@ -19,9 +19,10 @@ def add_plan(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "compile training or answering for a TPU that is not at hand: does it fit, how fast can it be",
+        "compile training or answering for machines that are not at hand: does it fit, how fast can it be",
         "Compiles the real programs with the TPU's own compiler (pip install 'read-jax[plan]'; neither a TPU "
-        "nor weights are needed). That takes minutes. The exit status is 1 when they do not fit.",
+        "nor weights are needed), or for GPUs with XLA's (READ_JAX_CUDA). That takes minutes. The exit "
+        "status is 1 when they do not fit.",
     )
     parser.add_argument(
         "what",
@@ -36,7 +37,7 @@ def add_plan(commands: Any) -> None:
         "--topology",
         required=True,
         metavar="CHIP:SHAPE",
-        help="of one slice: v5e:4x4, v6e:4x4, v5p:2x2x4 ...",
+        help="of one slice, v5e:4x4, v6e:4x4, v5p:2x2x4 ..., or of one node of GPUs: a100:8, h100:8, h200:8",
     )
     parser.add_argument("--slices", type=int, metavar="N", help="several of them (default: the recipe's)")
     parser.add_argument(

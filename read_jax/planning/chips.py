@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from read_jax.errors import ConfigError
+from read_jax.planning.gpus import gpu_devices, target
 
 GIB = 2**30
 
@@ -26,6 +27,7 @@ class Chip:
         flops: bfloat16 operations per second, dense.
         bandwidth: bytes per second of its memory.
         link: bytes per second that leave it towards its neighbours, over all links together.
+        generation: of a GPU, the major number of its compute capability; None: a TPU.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Chip:
     flops: float
     bandwidth: float
     link: float
+    generation: int | None = None
 
 
 CHIPS = {
@@ -44,6 +47,10 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 180e9),
         Chip("v5p", "TPU v5", 95.74 * GIB, 459e12, 2765e9, 540e9),
         Chip("v6e", "TPU v6 lite", 31.25 * GIB, 918e12, 1640e9, 360e9),
+        # memory: the three quarters that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION); link: NVLink
+        Chip("a100", "NVIDIA A100-SXM4-80GB", 0.75 * 79.2 * GIB, 312e12, 2039e9, 300e9, 8),
+        Chip("h100", "NVIDIA H100 80GB HBM3", 0.75 * 79.1 * GIB, 989e12, 3352e9, 450e9, 9),
+        Chip("h200", "NVIDIA H200", 0.75 * 139.8 * GIB, 989e12, 4800e9, 450e9, 9),
     )
 }
 """By name in a topology."""
@@ -60,15 +67,21 @@ _TOPOLOGY = re.compile(r"(?P<chip>\w+):(?P<shape>\d+(?:x\d+)*)")
 
 
 def parse_topology(text: str) -> tuple[Chip, str]:
-    """(chip, shape) of a text such as "v5e:4x4"; raises `ConfigError`."""
+    """(chip, shape) of a text such as "v5e:4x4", or "h100:8"; raises `ConfigError`."""
     match = _TOPOLOGY.fullmatch(text)
     if not match or match["chip"] not in CHIPS:
         known = ", ".join(CHIPS)
         raise ConfigError(
-            f"no topology {text!r}: write CHIP:SHAPE, for example v5e:4x4 or v5p:2x2x4, with a chip of: "
-            f"{known}."
+            f"no topology {text!r}: write CHIP:SHAPE, for example v5e:4x4, v5p:2x2x4 or h100:8, with a chip "
+            f"of: {known}."
         )
-    return CHIPS[match["chip"]], match["shape"]
+    chip = CHIPS[match["chip"]]
+    if chip.generation and (not match["shape"].isdecimal() or int(match["shape"]) not in range(1, 17)):
+        raise ConfigError(
+            f"no topology {text!r}: of GPUs write how many a node has, for example {chip.name}:8, and by slices "
+            "how many nodes."
+        )
+    return chip, match["shape"]
 
 
 def group_topology(text: str, devices: int) -> str:
@@ -78,6 +91,8 @@ def group_topology(text: str, devices: int) -> str:
     """
     chip, shape = parse_topology(text)
     sides = [int(side) for side in shape.split("x")]
+    if chip.generation and devices <= sides[0]:
+        return f"{chip.name}:{devices}"
     flat = len(sides) == 2
     known = {1: (1, 1, 1), 2: (2, 1, 1), 4: (2, 2, 1)} | ({8: (2, 4, 1)} if sides == [2, 4] else {})
     chips = known.get(devices)
@@ -94,7 +109,7 @@ def topology_devices(text: str, slices: int = 1) -> Sequence[Any]:
     """Devices of a machine that is not there, for the compiler alone.
 
     Args:
-        text: such as "v5e:4x4", of one slice.
+        text: such as "v5e:4x4", of one slice; or "h100:8", of one node.
         slices: how many of these.
 
     Raises `ConfigError` when the text is wrong, the compiler knows no such machine, or is not installed.
@@ -102,6 +117,9 @@ def topology_devices(text: str, slices: int = 1) -> Sequence[Any]:
     from jax.experimental import topologies
 
     chip, shape = parse_topology(text)
+    if chip.generation:
+        description = target(chip.kind, chip.generation, chip.memory / 0.75, chip.bandwidth)
+        return gpu_devices(description, slices, int(shape))
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}

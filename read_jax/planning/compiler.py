@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from read_jax.errors import ReadJaxError
-from read_jax.planning.chips import GIB
+from read_jax.planning.chips import GIB, Chip
+from read_jax.planning.gpus import COMPILER_OPTIONS
 
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", re.IGNORECASE)
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
@@ -29,11 +30,11 @@ class Memory:
     peak: float
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, Memory]:
+def compile_lowered(lowered: jax.stages.Lowered, chip: Chip) -> tuple[jax.stages.Compiled | None, Memory]:
     """The program, None if it does not fit, and its memory; raises `ReadJaxError` when compiling fails
     otherwise."""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS if chip.generation else None)
     except jax.errors.JaxRuntimeError as error:
         return None, Memory(None, None, None, _wanted(error))
     return compiled, _memory(compiled)

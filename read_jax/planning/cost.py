@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from read_jax.config import ReadConfig
+from read_jax.models.attention import KERNEL_FROM
 from read_jax.planning.programs import Setup, abstract_state, bytes_per_device, placed, prefix_length
 from read_jax.sharding import FSDP, TENSOR, batch_devices
 from read_jax.training.config import TrainConfig
@@ -44,10 +45,11 @@ class _Sizes:
     tokens: float
     pairs: float  # (query, key)
     answers: float  # tokens of questions and answers
+    kernels: bool  # whether scores of long sequences stay on the chip
 
 
-def train_cost(setup: Setup, mesh: Mesh) -> Cost:
-    """One update of a run on a mesh."""
+def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True) -> Cost:
+    """One update of a run on a mesh; kernels: TPUs', which keep scores of long sequences on the chip."""
     config, model = setup.config, setup.model
     data, llama = config.data, model.llama
     abreast, tensor = batch_devices(mesh), mesh.shape[TENSOR]
@@ -61,6 +63,7 @@ def train_cost(setup: Setup, mesh: Mesh) -> Cost:
         pictures * (prefix_length(model) + data.questions * data.tokens),
         pictures * llama_pairs(prefix_length(model), lengths[0]),
         pictures * data.questions * data.tokens,
+        kernels,
     )
     scores = 4.0 * llama.num_layers * llama.num_heads * llama.head_dim * sizes.pairs
     forward = (2.0 * llama_weights(llama) * sizes.tokens + scores) * config.step.micro_batches / tensor
@@ -86,16 +89,22 @@ def _bytes_of_part(config: TrainConfig, model: ReadConfig, sizes: _Sizes, tensor
     total = passes * weights * 2
     wide = 10 * llama.hidden_size + 6 * llama.intermediate_size / tensor
     total += (passes + 1) * item * llama.num_layers * sizes.tokens * wide
-    total += (passes + 1) * 2 * _FLOAT32 * llama.num_layers * llama.num_heads / tensor * sizes.pairs
+    total += (passes + 1) * 2 * llama.num_layers * _scores(model, sizes, tensor)
     total += 6 * _FLOAT32 * sizes.answers * llama.vocab_size
-    return total + sizes.pictures * _sam_bytes(model, item)
+    return total + sizes.pictures * _sam_bytes(model, item, sizes.kernels)
 
 
-def _sam_bytes(model: ReadConfig, item: int) -> float:
+def _scores(model: ReadConfig, sizes: _Sizes, tensor: int) -> float:
+    """Bytes of a LLaMA layer's scores in the device's memory: none where a kernel attends."""
+    written = not sizes.kernels or sizes.tokens / sizes.pictures < KERNEL_FROM
+    return written * _FLOAT32 * model.llama.num_heads / tensor * sizes.pairs
+
+
+def _sam_bytes(model: ReadConfig, item: int, kernels: bool) -> float:
     """SAM's encoder over one picture: its scores above all."""
     sam = model.sam
     cells = sam.grid_size**2
-    everywhere = len(sam.global_attn_indexes) * cells**2
+    everywhere = len(sam.global_attn_indexes) * cells**2 * (cells < KERNEL_FROM or not kernels)
     windows = (sam.depth - len(sam.global_attn_indexes)) * cells * sam.window_size**2
     scores = 3 * _FLOAT32 * sam.num_heads * (everywhere + windows)
     return scores + item * sam.depth * cells * (12 * sam.embed_dim + 2 * sam.mlp_dim)
@@ -110,12 +119,12 @@ def _memory(config: TrainConfig, model: ReadConfig, sizes: _Sizes, mesh: Mesh, *
     if config.step.remat is not True:
         kept += item * sizes.tokens * (3 * llama.hidden_size + 2 * llama.intermediate_size) / tensor
     if config.step.remat is False:
-        kept += _FLOAT32 * llama.num_heads / tensor * sizes.pairs
+        kept += item * sizes.tokens * llama.hidden_size / tensor + _scores(model, sizes, tensor)
     one = item * sizes.tokens * (8 * llama.hidden_size + 4 * llama.intermediate_size / tensor)
-    one += 2 * _FLOAT32 * llama.num_heads / tensor * sizes.pairs
+    one += 2 * _scores(model, sizes, tensor)
     gathered = 2 * item * layer / tensor * (fsdp > 1)
     logits = 3 * _FLOAT32 * sizes.answers * llama.vocab_size
     tables = 2 * item * llama.vocab_size * llama.hidden_size * (fsdp * tensor > 1)
-    encoder = 2 * _FLOAT32 * model.sam.num_heads * model.sam.grid_size**4
+    encoder = 4 * sizes.pictures * _sam_bytes(model, item, sizes.kernels) / model.sam.depth
     masks = 8 * _FLOAT32 * sizes.pictures * config.data.questions * math.prod(config.data.mask_canvas)
     return gradients + llama.num_layers * kept + max(one + gathered, logits + tables, encoder, masks)

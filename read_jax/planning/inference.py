@@ -152,14 +152,14 @@ def plan_inference(
         raise ConfigError(f"{group} chip(s) of {topology} are {len(devices)} devices.")
     mesh = make_mesh(MeshConfig(tensor=group), devices)
     stages = []
-    for stage in _stages(model, mode, mesh, load):
+    for stage in _stages(model, mode, chip, mesh, load):
         stages.append(stage)
         if stage.memory.peak > chip.memory:
             break
     return InferencePlan(mode, topology, chip, group, load, tuple(stages))
 
 
-def _stages(model: ReadConfig, mode: Mode, mesh: Mesh, load: Load) -> Iterator[Stage]:
+def _stages(model: ReadConfig, mode: Mode, chip: Chip, mesh: Mesh, load: Load) -> Iterator[Stage]:
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: Read(model, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     )
@@ -179,7 +179,7 @@ def _stages(model: ReadConfig, mode: Mode, mesh: Mesh, load: Load) -> Iterator[S
         """The stage, and what it leaves; waiting: abstract arrays that stay meanwhile beside its own."""
         lowered = programs.lower(name, *args)
         began = time.perf_counter()
-        compiled, memory = compile_lowered(lowered)
+        compiled, memory = compile_lowered(lowered, chip)
         memory = dataclasses.replace(memory, peak=memory.peak + bytes_per_device(waiting))
         seconds, traffic, out = time.perf_counter() - began, {}, None
         if compiled is not None:

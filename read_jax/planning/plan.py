@@ -86,7 +86,7 @@ def make_plan(
 
     Args:
         setup: of `set_up`.
-        topology: such as "v5e:4x4", of one slice.
+        topology: such as "v5e:4x4", of one slice, or "h100:8", of one node.
         mesh: None: the run's own.
         serialize: keep the executable.
 
@@ -96,18 +96,20 @@ def make_plan(
     """
     mesh = mesh or setup.config.mesh
     chip, _ = parse_topology(topology)
+    if serialize and chip.generation:
+        raise ConfigError("an executable for GPUs is not kept: without one, nothing in it was tried out.")
     placed = mesh_of(topology, mesh)
     program = train_program(setup, placed)
     lowered = program.function.lower(*program.arguments)
     began = time.perf_counter()
     serialized, traffic = None, {}
-    compiled, memory = compile_lowered(lowered)
+    compiled, memory = compile_lowered(lowered, chip)
     if compiled is not None:
         traffic = collectives(compiled.as_text() or "")
         if serialize:
             serialized = serialize_compiled(compiled)
     data = setup.config.data
-    cost = train_cost(setup, placed)
+    cost = train_cost(setup, placed, kernels=chip.generation is None)
     return Plan(
         topology=topology,
         slices=mesh.slices,
@@ -171,7 +173,8 @@ def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
             per_device = setup.config.data.global_batch // (devices * slices // tensor)
             for parts in _divisors(per_device):
                 for remat in (True, "dots", False):
-                    cost = train_cost(setup.with_step(micro_batches=parts, remat=remat), placed)
+                    parted = setup.with_step(micro_batches=parts, remat=remat)
+                    cost = train_cost(parted, placed, kernels=chip.generation is None)
                     found.append(Candidate(mesh, parts, remat, cost, chip))
     return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else c.cost.memory, c.micro_batches))
 
