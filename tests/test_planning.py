@@ -106,7 +106,7 @@ def test_what_is_no_topology_is_refused_with_an_example(text):
 
 @pytest.mark.parametrize("text", ["h100:2x8", "h100:0", "a100:17"])
 def test_gpus_are_counted_by_node(text):
-    with pytest.raises(ConfigError, match="how many a node has, for example .100:8, and by slices"):
+    with pytest.raises(ConfigError, match=r"how many a node has, for example .100:8, and by slices"):
         parse_topology(text)
 
 
@@ -247,7 +247,7 @@ def test_the_compiler_knows_the_machines(compiler):
         assert len(topology_devices(text)) == chips
     assert {device.slice_index for device in topology_devices("v5e:4x4", 2)} == {0, 1}
     assert {topology_devices(t)[0].device_kind for t in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "v4:2x2x2")} == {
-        chip.kind for chip in CHIPS.values()
+        chip.kind for chip in CHIPS.values() if chip.generation is None
     }
     with pytest.raises(ConfigError, match="the compiler knows no topology 'v5e:3x5'"):
         topology_devices("v5e:3x5")

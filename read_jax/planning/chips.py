@@ -78,8 +78,8 @@ def parse_topology(text: str) -> tuple[Chip, str]:
     chip = CHIPS[match["chip"]]
     if chip.generation and (not match["shape"].isdecimal() or int(match["shape"]) not in range(1, 17)):
         raise ConfigError(
-            f"no topology {text!r}: of GPUs write how many a node has, for example {chip.name}:8, and by slices "
-            "how many nodes."
+            f"no topology {text!r}: of GPUs write how many a node has, for example {chip.name}:8, and by "
+            "slices how many nodes."
         )
     return chip, match["shape"]
 
