@@ -41,6 +41,7 @@ EXTRAS: dict[str, list[str]] = {
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "plan": ["libtpu>=0.0.40"],  # the TPU's compiler, which needs no TPU: `read-jax plan`
+    "wandb": ["wandb"],  # `--config.log.wandb=PROJECT`
     "test": [
         TORCH,
         "pytest>=8",
@@ -56,7 +57,7 @@ EXTRAS: dict[str, list[str]] = {
     "lint": ["ruff==0.17.6", "pyright[nodejs]==1.1.414"],
 }
 
-EXTRAS["test"] += EXTRAS["data"] + EXTRAS["plan"]
+EXTRAS["test"] += EXTRAS["data"] + EXTRAS["plan"] + EXTRAS["wandb"]
 
 setup(
     name="read-jax",

@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import json
 import math
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -161,7 +162,7 @@ def _start_wandb(workdir: Path, project: str, settings: Mapping[str, Any]) -> An
         raise ConfigError("log.wandb is set, but wandb is not installed: pip install wandb") from None
     record = workdir / "wandb_id.txt"
     if not record.is_file():
-        write_file(record, wandb.util.generate_id().encode())
+        write_file(record, secrets.token_hex(4).encode())
     return wandb.init(
         project=project, id=record.read_text(), resume="allow", dir=str(workdir), config=dict(settings)
     )

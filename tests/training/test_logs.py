@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -43,6 +44,24 @@ def test_numbers_and_pictures_go_to_all_places(tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"train/total" in content and b"validation/giou" in content and b"scenes_val_0" in content
+
+
+def test_weights_and_biases_get_the_numbers_and_a_run_that_goes_on_is_the_same_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for start in (0, 1):
+        log = RunLog(tmp_path, LogConfig(tensorboard=False, wandb="read"), start, 2, {"seed": 7})
+        log.train(start + 1, {"total": 0.5})
+        log.close()
+        time.sleep(1.1)  # its folders are told apart by the second
+    name = (tmp_path / "wandb_id.txt").read_text()
+    parts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}"))
+    assert len(parts) == 2
+    deadline = time.monotonic() + 60
+    for part in parts:  # written by a process of its own
+        while not any(b"train/total" in file.read_bytes() for file in part.glob("*.wandb")):
+            assert time.monotonic() < deadline, part
+            time.sleep(0.1)
 
 
 def test_weights_and_biases_must_be_installed_when_asked_for(tmp_path, monkeypatch):
