@@ -10,10 +10,12 @@ Every function raises `CheckpointError` on a folder that is missing, incomplete 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +192,13 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = abstract_params(record.config, stored if dtype is None else dtype, shardings)
-    # arrays are read a few at a time: Orbax's default has the whole model in host memory at once
-    largest = max(math.prod(leaf.shape) for leaf in model_leaves(record.config).values())
-    budget = max(4, math.ceil(4 * largest / 1e9))  # GB; below the largest leaf it would never start
+    # shards are read a few at a time: Orbax's default has the whole model in host memory at once
+    flat = flatten(target)
+    largest = max(
+        store.bytes_to_read(leaf, flat[path].sharding.shard_shape(leaf.shape), np.dtype(stored))
+        for path, leaf in model_leaves(record.config).items()
+    )
+    budget = int(largest / 1e9) + 1  # GB; not above the largest, it would never start
     # of several processes each reads what it needs without waiting for the others
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -201,7 +207,9 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False, restore_concurrent_gb=budget, multiprocessing_options=alone
     )
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    on_host = any(d.platform == "cpu" for d in next(iter(flat.values())).sharding.device_set)
+    freed = large_blocks_freed_at_once() if on_host else contextlib.nullcontext()
+    with freed, ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         try:
             restore_args = ocp.checkpoint_utils.construct_restore_args(target)
             return checkpointer.restore(
@@ -210,6 +218,23 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
         except (OSError, ValueError) as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{folder} could not be restored: {line}") from error
+
+
+@contextlib.contextmanager
+def large_blocks_freed_at_once() -> Iterator[None]:
+    """What is freed goes back to the system, where the C library would keep some gigabytes: they count where
+    the weights themselves stay in this memory. Does nothing without glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        yield
+        return
+    threshold, usual_most = -3, 32 << 20  # of mallopt(3)
+    mallopt(threshold, 256 << 10)
+    try:
+        yield
+    finally:
+        mallopt(threshold, usual_most)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,6 +90,16 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
+def bytes_to_read(leaf: Leaf, shape: Sequence[int], dtype: np.dtype) -> int:
+    """At most, for a part of this shape of a stored leaf: whole chunks."""
+    total = dtype.itemsize
+    for size, part, chunk in zip(leaf.shape, shape, chunk_shape(leaf, dtype.itemsize), strict=True):
+        # a part that does not begin with a chunk touches one more
+        chunks = -(-part // chunk) + (part % chunk != 0)
+        total *= min(chunks, -(-size // chunk)) * chunk
+    return total
+
+
 class ParamsWriter:
     """Fills a new params folder. `write` may be called from several threads, once per slice."""
 

@@ -13,6 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from read_jax.errors import CheckpointError
 from read_jax.models.read import Read
@@ -131,6 +133,19 @@ def test_large_stacked_leaves_are_stored_layer_by_layer_in_small_chunks():
     chunks = store.chunk_shape(leaf, 2)
     assert chunks[0] == 1 and np.prod(chunks) * 2 <= store.CHUNK_BYTES
     assert chunks == (1, 2048, 1376)
+
+
+@given(st.data())
+def test_no_shard_touches_more_chunks_than_were_reserved_for_it(data):
+    shards = data.draw(st.tuples(*(st.integers(1, 16) for _ in range(3))))
+    parts = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 2000), st.integers(1, 2000)))
+    shape = tuple(n * part for n, part in zip(shards, parts, strict=True))
+    leaf = Leaf("p", shape, (Row("k", "p", "same", shape),))
+    touched = 2
+    for n, part, chunk in zip(shards, parts, store.chunk_shape(leaf, 2), strict=True):
+        start = part * data.draw(st.integers(0, n - 1))
+        touched *= (-(-(start + part) // chunk) - start // chunk) * chunk
+    assert touched <= store.bytes_to_read(leaf, parts, np.dtype("float16"))
 
 
 def test_leaves_whose_size_no_chunk_divides_are_written_exactly(tmp_path):
