@@ -41,7 +41,10 @@ def add_plan(commands: Any) -> None:
     )
     parser.add_argument("--slices", type=int, metavar="N", help="several of them (default: the recipe's)")
     parser.add_argument(
-        "--mesh", metavar="AXIS=N,...", help="data, fsdp, tensor in every slice (default: the recipe's)"
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="train: data, fsdp, tensor in every slice (default: the recipe's); evaluate, serve: tensor=N, "
+        "chips that share a model (1)",
     )
     parser.add_argument(
         "--batch",
@@ -79,10 +82,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.what == "evaluate":
         others += ("new_tokens",)
     for name in others:
-        if getattr(arguments, name):
+        if getattr(arguments, name) is not None and getattr(arguments, name) is not False:
             raise ConfigError(f"--{name.replace('_', '-')} says nothing about a plan to {arguments.what}.")
     if arguments.price is not None and arguments.pictures is None:
         raise ConfigError("--price is for an epoch: give its --pictures too.")
+    for name in ("pictures", "price"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
+            raise ConfigError(f"--{name} must be positive.")
     for file in filter(None, (arguments.json, arguments.save)):
         if not Path(file).expanduser().absolute().parent.is_dir():  # known before minutes of compiling
             raise ConfigError(f"there is no folder for {file}.")

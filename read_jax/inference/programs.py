@@ -44,7 +44,7 @@ class Programs:
     """
 
     def __init__(self, graphdef: Any, params: Any, *, end_id: int, exact: bool):
-        self._params = params
+        self.params = params
         mesh = _mesh(params)
         precision = "highest" if exact else "default"
 
@@ -95,17 +95,17 @@ class Programs:
         stage: "encode", "prefix", "generate", "predict" or "teacher_force", with the arguments of the stage
         itself (of `Read`, of `generate`).
         """
-        return getattr(self, f"_{stage}").lower(self._params, *args)
+        return getattr(self, f"_{stage}").lower(self.params, *args)
 
     def encode(
         self, clip_pixels: np.ndarray, sam_pixels: np.ndarray, geometry: ImageGeometry
     ) -> ImageFeatures:
         """Both encoders over uint8 pictures [B, ...]."""
-        return self._encode(self._params, clip_pixels, sam_pixels, geometry.sam_height, geometry.sam_width)
+        return self._encode(self.params, clip_pixels, sam_pixels, geometry.sam_height, geometry.sam_width)
 
     def prefix(self, ids: np.ndarray, image_tokens: Array, image_start: int) -> Prefix:
         """The language model over the shared prefix [S] of B images."""
-        return self._prefix(self._params, ids, image_tokens, image_start)
+        return self._prefix(self.params, ids, image_tokens, image_start)
 
     def generate(
         self,
@@ -122,15 +122,15 @@ class Programs:
         limits = np.broadcast_to(np.asarray(max_new, np.int32), lengths.shape)
         capacity = bucket(int(limits.max()), 32)
         traced = sampling and (np.float32(sampling[0]), np.float32(sampling[1]), sampling[2])
-        return self._generate(self._params, prefix, ids, lengths, limits, capacity, traced)
+        return self._generate(self.params, prefix, ids, lengths, limits, capacity, traced)
 
     def teacher_force(self, prefix: Prefix, ids: np.ndarray) -> Array:
         """Final states [B, Q, T, D] of given tokens [B, Q, T] after the prefixes of B images."""
-        return self._teacher_force(self._params, prefix, ids)
+        return self._teacher_force(self.params, prefix, ids)
 
     def logits(self, states: Array) -> Array:
         """Logits [..., V] of final states [..., D]: of every position, so for few of them."""
-        return self._logits(self._params, states)
+        return self._logits(self.params, states)
 
     def predict(
         self,
@@ -161,7 +161,7 @@ class Programs:
             image_start,
             features.image_tokens.shape[1],
         )
-        return self._predict(self._params, *inputs)
+        return self._predict(self.params, *inputs)
 
     def mask(self, low_res: Array, geometry: ImageGeometry) -> np.ndarray:
         """One low-resolution mask at the original size: float32 logits [h, w] on the host."""
@@ -179,9 +179,9 @@ class Programs:
 
 
 def _mesh(params: Any) -> Mesh | None:
-    """The mesh whose devices share the parameters; None where one device has them."""
+    """The mesh on which the parameters lie; None where they are merely on a device."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+    if not isinstance(sharding, NamedSharding):
         return None
     assert isinstance(sharding.mesh, Mesh)
     return sharding.mesh

@@ -19,16 +19,19 @@ import jax
 import jax.numpy as jnp
 
 from read_jax.errors import ConfigError
-from read_jax.models.kernels import Packed, cudnn_attention, splash_attention
+from read_jax.models.kernels import CUDNN_CHANNELS, Packed, cudnn_attention, splash_attention
 
 Array = jax.Array
 
 IMPLEMENTATIONS = ("auto", "plain", "splash", "splash-interpreted", "cudnn")
 """Values of READ_JAX_ATTENTION. auto: splash on TPUs, plain elsewhere; splash-interpreted: that kernel
-without a TPU, slowly; cudnn: NVIDIA's, in bfloat16."""
+without a TPU, slowly; cudnn: NVIDIA's, in bfloat16, for LLaMA's packed sequences, not yet tried on a GPU."""
 
 KERNEL_FROM = 512
-"""Tokens from which a kernel is worth its padding."""
+"""Tokens of a packed sequence from which a kernel is worth its padding."""
+
+WHOLE_FROM = 1024
+"""The same where all tokens see each other: SAM's 4096, not CLIP's 577, whose heads devices share."""
 
 BLOCKED_FROM = 2**22
 """Scores per head from which a CPU computes them block by block (a 64x64 grid has four times as many)."""
@@ -52,7 +55,7 @@ def attention(
     Returns:
         [B, T, H, V] in the type of `v`.
     """
-    kernel = _kernel(q.shape[1])
+    kernel = _kernel(q, WHOLE_FROM)
     if kernel is not None and mask is None and q.shape[1] == k.shape[1]:
         return kernel(q, k, v, scale=scale)
     if mask is None and q.shape[1] * k.shape[1] >= BLOCKED_FROM and q.shape[1] % QUERY_BLOCK == 0:
@@ -72,7 +75,7 @@ def packed_attention(q: Array, k: Array, v: Array, layout: Packed) -> Array:
     Returns:
         [B, N, H, K].
     """
-    kernel = _kernel(layout.tokens)
+    kernel = _kernel(q, KERNEL_FROM)
     if kernel is not None:
         return kernel(q, k, v, layout=layout, shared_heads=True)
     first, rows = layout.prefix, (layout.questions, layout.length)
@@ -117,8 +120,9 @@ def prefix_attention(q: Array, prefix_k: Array, prefix_v: Array, k: Array, v: Ar
     return from_prefix + jax.vmap(_weigh)(weights[..., s:], v)
 
 
-def _kernel(tokens: int) -> Callable[..., Array] | None:
-    """The kernel for a sequence of so many tokens on the platform that is traced for; None: the plain one."""
+def _kernel(q: Array, least: int) -> Callable[..., Array] | None:
+    """The kernel for queries [B, T, H, K], from so many on, on the platform that is traced for; None: the
+    plain one."""
     chosen = os.environ.get("READ_JAX_ATTENTION", "auto")
     if chosen not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
@@ -126,13 +130,13 @@ def _kernel(tokens: int) -> Callable[..., Array] | None:
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    if chosen == "plain" or tokens < KERNEL_FROM:
+    if chosen == "plain" or q.shape[1] < least:
         return None
     if chosen == "splash-interpreted":
         return functools.partial(splash_attention, interpret=True)
     if chosen == "splash" or (chosen == "auto" and platform == "tpu"):
         return splash_attention
-    return cudnn_attention if chosen == "cudnn" else None
+    return cudnn_attention if chosen == "cudnn" and q.shape[-1] <= CUDNN_CHANNELS else None
 
 
 def _plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, scale: float | None) -> Array:

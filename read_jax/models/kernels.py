@@ -21,6 +21,9 @@ Array = jax.Array
 LANES = 128
 """Of a TPU's registers: channels and tokens come in multiples of it."""
 
+CUDNN_CHANNELS = 128
+"""The most of a head that cuDNN takes on every GPU."""
+
 BLOCKS = (512, 384, 256)
 """Tokens of a block, best first: smaller ones leave the matrix units waiting."""
 
@@ -112,17 +115,21 @@ def cudnn_attention(
     scale: float | None = None,
     shared_heads: bool = False,
 ) -> Array:
-    """As `splash_attention`, by cuDNN: bfloat16 or float16, K at most 128 (256 on Hopper and later).
+    """As `splash_attention`, by cuDNN: bfloat16 or float16, K and V equal and at most `CUDNN_CHANNELS`.
 
     The compiler divides this one itself, whatever `shared_heads` says.
     """
     del shared_heads
-    channels = v.shape[-1]
-    mask = None if layout is None else jnp.asarray(layout.visible()[None, None])
-    if v.shape[-1] < q.shape[-1]:  # it knows but one number of channels
-        v = jnp.pad(v, (*((0, 0),) * 3, (0, q.shape[-1] - v.shape[-1])))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
-    return out[..., :channels]
+    tokens = q.shape[1]
+    size = -(-tokens // LANES) * LANES  # with a mask it trains on even lengths alone
+    q, k, v = (jnp.pad(x, ((0, 0), (0, size - tokens), (0, 0), (0, 0))) for x in (q, k, v))
+    visible = (layout or Packed(tokens)).visible(size)
+    if layout is None:
+        visible = np.broadcast_to(np.arange(size) < tokens, (size, size))
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=jnp.asarray(visible[None, None]), scale=scale, implementation="cudnn"
+    )
+    return out[:, :tokens]
 
 
 @functools.lru_cache(maxsize=16)

@@ -81,6 +81,8 @@ def parse_topology(text: str) -> tuple[Chip, str]:
             f"no topology {text!r}: of GPUs write how many a node has, for example {chip.name}:8, and by "
             "slices how many nodes."
         )
+    if not chip.generation and match["shape"].count("x") not in (1, 2):
+        raise ConfigError(f"no topology {text!r}: of TPUs write two or three sides, for example v5e:4x4.")
     return chip, match["shape"]
 
 
@@ -91,7 +93,9 @@ def group_topology(text: str, devices: int) -> str:
     """
     chip, shape = parse_topology(text)
     sides = [int(side) for side in shape.split("x")]
-    if chip.generation and devices <= sides[0]:
+    if chip.generation:
+        if devices > sides[0]:
+            raise ConfigError(f"a model is shared by GPUs of one node: {text} has {sides[0]}, not {devices}.")
         return f"{chip.name}:{devices}"
     flat = len(sides) == 2
     known = {1: (1, 1, 1), 2: (2, 1, 1), 4: (2, 2, 1)} | ({8: (2, 4, 1)} if sides == [2, 4] else {})

@@ -21,13 +21,17 @@ class Memory:
     """Bytes on one device, as the compiler has it.
 
     arguments: parameters, moments and batch; temporaries: of the step; code: the program; peak: the most
-    that is held at once. All but peak are None when the program does not fit: then the compiler ends early.
+    that is held at once. All but peak are None when the compiler refuses the program, which does not fit.
     """
 
     arguments: float | None
     temporaries: float | None
     code: float | None
     peak: float
+
+    def fits(self, chip: Chip) -> bool:
+        """Whether the compiler made the program, and its peak is within what programs may use."""
+        return self.arguments is not None and self.peak <= chip.memory
 
 
 def compile_lowered(lowered: jax.stages.Lowered, chip: Chip) -> tuple[jax.stages.Compiled | None, Memory]:

@@ -68,6 +68,11 @@ def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True) -> Cost:
     scores = 4.0 * llama.num_layers * llama.num_heads * llama.head_dim * sizes.pairs
     forward = (2.0 * llama_weights(llama) * sizes.tokens + scores) * config.step.micro_batches / tensor
     again = {True: forward, "dots": scores * config.step.micro_batches / tensor, False: 0.0}
+    if kernels and sizes.tokens / sizes.pictures >= KERNEL_FROM:
+        # a kernel's gradient finds the scores again, once for the queries and once for keys and values
+        again = {
+            remat: more + 1.5 * scores * config.step.micro_batches / tensor for remat, more in again.items()
+        }
     done = useful / (abreast * tensor) + again[config.step.remat]
     state, frozen = (bytes_per_device(x) for x in (abstract_state(setup, mesh), placed(setup.frozen, mesh)))
     moved = config.step.micro_batches * _bytes_of_part(config, model, sizes, tensor)

@@ -44,7 +44,7 @@ def collectives(text: str, open_rounds: int = 1) -> dict[str, Traffic]:
             kind = match[3].removesuffix("-start") if match else ""
             if match is None or kind not in COLLECTIVES:
                 continue
-            size = _result_bytes(match[2], asynchronous=match[3].endswith("-start"))
+            size = _result_bytes(match[2], kind, asynchronous=match[3].endswith("-start"))
             channel = _CHANNEL.search(line)
             # one that runs beside other work is written in every piece of that work
             key = channel[1] if channel else f"{name} {number}"
@@ -107,14 +107,19 @@ def _rounds(line: str, computations: Mapping[str, list[str]], open_rounds: int) 
     return limits[0] if limits and limits[0] else open_rounds
 
 
-def _result_bytes(shapes: str, asynchronous: bool) -> float:
-    """Bytes of a result; of an asynchronous one, a tuple of operand and result, the larger part."""
+def _result_bytes(shapes: str, kind: str, asynchronous: bool) -> float:
+    """Bytes of a result, which may be several arrays.
+
+    What begins an asynchronous collective yields its operands, its results, and numbers of its own; only of a
+    sum, results alone.
+    """
     sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * _item_bytes(kind)
-        for kind, dims in _SHAPE.findall(shapes)
+        math.prod(int(n) for n in dims.split(",") if n) * _item_bytes(item)
+        for item, dims in _SHAPE.findall(shapes)
+        if not (asynchronous and item == "u32" and not dims)
     ]
-    if asynchronous and len(sizes) > 1:
-        return max(sizes)
+    if asynchronous and kind != "all-reduce":
+        return sum(sizes[len(sizes) // 2 :])
     return sum(sizes)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from read_jax.config import Config, ReadConfig
 from read_jax.errors import ConfigError
 from read_jax.geometry import image_geometry, stack_geometries
-from read_jax.inference.programs import Programs
+from read_jax.inference.programs import Programs, bucket
 from read_jax.models.read import Read
 from read_jax.planning.chips import Chip, group_topology, parse_topology, topology_devices
 from read_jax.planning.compiler import Memory, compile_lowered
@@ -37,17 +37,20 @@ from read_jax.training.flops import (
 
 Mode = Literal["evaluate", "serve"]
 
+ROWS = 32
+"""`rows_per_batch` of `Segmenter`."""
+
 _BFLOAT16 = 2
 _END = 2  # any token: it changes no shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Load(Config):
-    """What goes through the chips together.
+    """What goes through the chips together; the programs have the next power of two of each.
 
     Attributes:
         pictures: encoded together.
-        questions: about each of them.
+        questions: about each of them; with `rows_per_batch` of them all, the others wait for their turn.
         tokens: of a question, with its answer where that is given.
         new_tokens: room for an answer that is generated.
     """
@@ -59,6 +62,20 @@ class Load(Config):
 
     def __post_init__(self) -> None:
         self._require_positive("pictures", "questions", "tokens", "new_tokens")
+        rows = bucket(self.pictures) * bucket(self.questions)
+        self._require(
+            rows <= ROWS,
+            f"{rows} questions do not go through together, at most {ROWS}: of fewer pictures, or fewer each.",
+        )
+
+    def padded(self) -> Load:
+        """As the programs have it."""
+        return Load(
+            bucket(self.pictures),
+            bucket(self.questions),
+            bucket(self.tokens, 32),
+            bucket(self.new_tokens, 32),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +126,7 @@ class InferencePlan:
     @property
     def fits(self) -> bool:
         """Whether the peak is within what the compiler grants."""
-        return self.peak <= self.chip.memory
+        return all(stage.memory.fits(self.chip) for stage in self.stages)
 
     @property
     def seconds(self) -> float:
@@ -145,7 +162,7 @@ def plan_inference(
         ConfigError: no such topology or group, no compiler, or the chips cannot share the model.
         ReadJaxError: the compiler fails, other than for want of memory.
     """
-    load = load or Load()
+    load = (load or Load()).padded()
     chip, _ = parse_topology(topology)
     devices = topology_devices(group_topology(topology, group))
     if len(devices) != group:
@@ -154,7 +171,7 @@ def plan_inference(
     stages = []
     for stage in _stages(model, mode, chip, mesh, load):
         stages.append(stage)
-        if stage.memory.peak > chip.memory:
+        if not stage.memory.fits(chip):
             break
     return InferencePlan(mode, topology, chip, group, load, tuple(stages))
 
@@ -180,9 +197,11 @@ def _stages(model: ReadConfig, mode: Mode, chip: Chip, mesh: Mesh, load: Load) -
         lowered = programs.lower(name, *args)
         began = time.perf_counter()
         compiled, memory = compile_lowered(lowered, chip)
-        memory = dataclasses.replace(memory, peak=memory.peak + bytes_per_device(waiting))
         seconds, traffic, out = time.perf_counter() - began, {}, None
-        if compiled is not None:
+        if compiled is not None and memory.arguments is not None:
+            # a program's own arguments are those that it uses; the others stay where they are all the same
+            held = bytes_per_device((programs.params, waiting)) + _whole_bytes(args)
+            memory = dataclasses.replace(memory, peak=memory.peak - memory.arguments + held)
             traffic = collectives(compiled.as_text() or "", open_rounds)
             out = jax.tree.map(
                 lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -221,11 +240,20 @@ def _stages(model: ReadConfig, mode: Mode, chip: Chip, mesh: Mesh, load: Load) -
     yield made("predict", (features, prefix, given), *inputs)[0]
 
 
+def _whole_bytes(arguments: Sequence[Any]) -> float:
+    """On a chip, of what a program takes beside parameters: as it is shared, or the whole."""
+    leaves = [x for x in jax.tree.leaves(arguments) if hasattr(x, "shape")]
+    shared = [x for x in leaves if getattr(x, "sharding", None) is not None]
+    whole = [x for x in leaves if getattr(x, "sharding", None) is None]
+    return bytes_per_device(shared) + float(sum(np.prod(x.shape) * x.dtype.itemsize for x in whole))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Counts:
     """(operations, bytes) per chip of each program: products, and what they must read and write.
 
-    model: the architecture; load: what goes through; group: chips that share LLaMA and CLIP.
+    model: the architecture; load: what goes through; group: chips that share LLaMA, CLIP, and the hidden
+    channels of SAM's encoder.
     """
 
     model: ReadConfig
@@ -234,10 +262,11 @@ class _Counts:
 
     def encode(self) -> tuple[float, float]:
         clip, sam, pictures = self.model.clip, self.model.sam, self.load.pictures
-        flops = pictures * (clip_forward(clip) / self.group + sam_encoder_forward(sam))
-        cells = sam.grid_size**2
-        wide = cells * (12 * sam.embed_dim + 2 * sam.mlp_dim) * sam.depth
-        weights = sam.depth * (4 * sam.embed_dim**2 + 2 * sam.embed_dim * sam.mlp_dim)
+        cells, hidden = sam.grid_size**2, sam.mlp_dim / self.group
+        shared = sam.depth * 4.0 * cells * sam.embed_dim * (sam.mlp_dim - hidden)  # by the others
+        flops = pictures * (clip_forward(clip) / self.group + sam_encoder_forward(sam) - shared)
+        wide = cells * (12 * sam.embed_dim + 2 * hidden) * sam.depth
+        weights = sam.depth * (4 * sam.embed_dim**2 + 2 * sam.embed_dim * hidden)
         return flops, _BFLOAT16 * pictures * (weights + wide)  # SAM takes the pictures in turn
 
     def prefix(self) -> tuple[float, float]:

@@ -54,7 +54,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak is within what the compiler grants."""
-        return self.memory.peak <= self.chip.memory
+        return self.memory.fits(self.chip)
 
     @property
     def devices(self) -> int:

@@ -188,15 +188,17 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
     record = load_record(model_dir)
     folder = model_folder(model_dir).resolve() / PARAMS
     stored = store.DTYPES[record.dtype]
-    store.check_params(folder, model_leaves(record.config), stored)
+    chunks = store.check_params(folder, model_leaves(record.config), stored)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = abstract_params(record.config, stored if dtype is None else dtype, shardings)
     # shards are read a few at a time: Orbax's default has the whole model in host memory at once
     flat = flatten(target)
     largest = max(
-        store.bytes_to_read(leaf, flat[path].sharding.shard_shape(leaf.shape), np.dtype(stored))
-        for path, leaf in model_leaves(record.config).items()
+        store.bytes_to_read(
+            leaf.shape, leaf.sharding.shard_shape(leaf.shape), chunks[path], np.dtype(stored).itemsize
+        )
+        for path, leaf in flat.items()
     )
     budget = int(largest / 1e9) + 1  # GB; not above the largest, it would never start
     # of several processes each reads what it needs without waiting for the others
@@ -223,18 +225,20 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
 @contextlib.contextmanager
 def large_blocks_freed_at_once() -> Iterator[None]:
     """What is freed goes back to the system, where the C library would keep some gigabytes: they count where
-    the weights themselves stay in this memory. Does nothing without glibc."""
+    the weights themselves stay in this memory. Afterwards its limits are fixed, at the most that it would
+    have come to by itself. Does nothing without glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         yield
         return
-    threshold, usual_most = -3, 32 << 20  # of mallopt(3)
-    mallopt(threshold, 256 << 10)
+    from_mmap, trim = -3, -1  # of mallopt(3)
+    mallopt(from_mmap, 256 << 10)
     try:
         yield
     finally:
-        mallopt(threshold, usual_most)
+        mallopt(from_mmap, 32 << 20)
+        mallopt(trim, 64 << 20)
 
 
 @dataclasses.dataclass(frozen=True)

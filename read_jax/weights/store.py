@@ -90,13 +90,13 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
-def bytes_to_read(leaf: Leaf, shape: Sequence[int], dtype: np.dtype) -> int:
-    """At most, for a part of this shape of a stored leaf: whole chunks."""
-    total = dtype.itemsize
-    for size, part, chunk in zip(leaf.shape, shape, chunk_shape(leaf, dtype.itemsize), strict=True):
+def bytes_to_read(shape: Sequence[int], parts: Sequence[int], chunks: Sequence[int], itemsize: int) -> int:
+    """At most, for one of the equal parts that an array of this shape is divided into: whole chunks."""
+    total = itemsize
+    for size, part, chunk in zip(shape, parts, chunks, strict=True):
         # a part that does not begin with a chunk touches one more
-        chunks = -(-part // chunk) + (part % chunk != 0)
-        total *= min(chunks, -(-size // chunk)) * chunk
+        touched = -(-part // chunk) + (part % chunk != 0)
+        total *= min(touched, -(-size // chunk)) * chunk
     return total
 
 
@@ -195,14 +195,16 @@ def stored_bytes(leaves: Mapping[str, Leaf], dtype: np.dtype) -> int:
     return total
 
 
-def check_params(folder: Path, leaves: Mapping[str, Leaf], dtype: np.dtype) -> None:
+def check_params(folder: Path, leaves: Mapping[str, Leaf], dtype: np.dtype) -> dict[str, tuple[int, ...]]:
     """Raise `CheckpointError` unless every array of `leaves` is there, of its shape and type, and whole.
 
-    Looks at names and sizes of files only. This matters: Zarr reads a missing chunk as zeros.
+    Returns the shape of each one's chunks. Looks at names and sizes of files only. This matters: Zarr reads a
+    missing chunk as zeros.
     """
     again = "The model folder is damaged; convert again."
     if not (folder / _METADATA).is_file():
         raise CheckpointError(f"{folder} has no {_METADATA}: it is not a complete Orbax checkpoint. {again}")
+    found = {}
     for path, leaf in leaves.items():
         try:
             header = json.loads((folder / path / ".zarray").read_text())
@@ -229,6 +231,8 @@ def check_params(folder: Path, leaves: Mapping[str, Leaf], dtype: np.dtype) -> N
                     f"{folder}: chunk {name} of parameter {path} has {sizes[name]} bytes, not "
                     f"{expected}. {again}"
                 )
+        found[path] = chunks
+    return found
 
 
 def read_slice(folder: Path, path: str, index: int | None) -> np.ndarray:

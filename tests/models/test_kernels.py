@@ -106,13 +106,16 @@ def test_the_door_takes_the_kernel_for_long_sequences_alone(monkeypatch):
     monkeypatch.setenv("READ_JAX_ATTENTION", "splash-interpreted")
     taken = []
     monkeypatch.setattr(door, "splash_attention", lambda q, k, v, **others: taken.append(q.shape[1]) or v)
-    for tokens in (door.KERNEL_FROM - 1, door.KERNEL_FROM):
+    for tokens in (door.KERNEL_FROM - 1, door.KERNEL_FROM, door.WHOLE_FROM - 1, door.WHOLE_FROM):
         q, k, v, _ = draw(tokens, 2, 2, 8, 8, batch=1)
         attention(q, k, v)
-        packed_attention(q, k, v, Packed(tokens))
-    attention(q, k, v, mask=jnp.ones((tokens, tokens), bool))  # whatever it says: not known while tracing
+    assert taken == [door.WHOLE_FROM]
+    for tokens in (door.KERNEL_FROM - 1, door.KERNEL_FROM):
+        packed_attention(*draw(tokens, 2, 2, 8, 8, batch=1)[:3], Packed(tokens))
+    assert taken == [door.WHOLE_FROM, door.KERNEL_FROM]
+    attention(q, k, v, mask=jnp.ones((q.shape[1],) * 2, bool))  # whatever it says: not known while tracing
     attention(q[:, :1], k, v)
-    assert taken == [door.KERNEL_FROM] * 2
+    assert len(taken) == 2
 
 
 def test_an_unknown_implementation_is_refused(monkeypatch):
