@@ -16,6 +16,7 @@ from PIL import Image
 from read_jax.data.mixture import Row, Sample
 from read_jax.data.packing import Limits, Packer
 from read_jax.images.masks import CompactMask
+from read_jax.models import attention
 from read_jax.text.tokenizer import Tokenizer
 from read_jax.training.lora import LoraConfig, add_adapters
 from read_jax.training.losses import token_cross_entropy
@@ -85,7 +86,12 @@ def adapted(folder, arrays):
 
 @pytest.fixture(scope="module")
 def trained(folder, recorded, packed):
-    """The adapted model in parts, the pictures' features, and the compiled gradients of a step."""
+    """The adapted model's parameters, and the gradients of a step by parameters."""
+    return make_trained(folder, recorded, packed)
+
+
+def make_trained(folder, recorded, packed):
+    """As `trained`, compiled anew."""
     batch, packer = packed
     model = adapted(folder, recorded[1])
     geometry = batch.geometry
@@ -143,6 +149,10 @@ def tolerance(name, info):
 
 
 def test_every_first_gradient_has_the_originals_norm(first_gradients, recorded):
+    assert_norms_are_the_originals(first_gradients, recorded)
+
+
+def assert_norms_are_the_originals(first_gradients, recorded):
     info, _ = recorded
     norms, without = info["grad0_norm_per_param"], set(info["params_without_grad"])
     assert set(first_gradients) == set(norms) | without
@@ -154,12 +164,27 @@ def test_every_first_gradient_has_the_originals_norm(first_gradients, recorded):
 
 
 def test_every_recorded_first_gradient_is_the_originals(first_gradients, recorded):
+    assert_gradients_are_the_originals(first_gradients, recorded)
+
+
+def assert_gradients_are_the_originals(first_gradients, recorded):
     info, arrays = recorded
     names = {key.removeprefix("grad0/") for key in arrays if key.startswith("grad0/")}
     assert names <= set(first_gradients)
     for name in names:
         difference = np.linalg.norm(first_gradients[name] - arrays[f"grad0/{name}"])
         assert difference <= tolerance(name, info), (name, difference / tolerance(name, info))
+
+
+@pytest.mark.slow
+def test_with_a_tpus_kernel_every_first_gradient_is_the_originals(folder, recorded, packed, monkeypatch):
+    """Splash attention, interpreted, over the packed sequence."""
+    monkeypatch.setenv("READ_JAX_ATTENTION", "splash-interpreted")
+    monkeypatch.setattr(attention, "KERNEL_FROM", 1)
+    params, gradients_of = make_trained(folder, recorded, packed)
+    found = upstream_arrays(gradients_of(params)[0], packed[1].config)
+    assert_norms_are_the_originals(found, recorded)
+    assert_gradients_are_the_originals(found, recorded)
 
 
 def test_a_certain_tokens_gradient_is_rounded_as_the_originals():
