@@ -13,17 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from read_jax import cli
 from read_jax.config import ReadConfig
 from read_jax.errors import ConfigError
+from read_jax.geometry import image_geometry, stack_geometries
+from read_jax.inference.programs import Programs
 from read_jax.models.attention import attention, packed_attention
 from read_jax.models.kernels import Packed
+from read_jax.models.llama import KeyValues
+from read_jax.models.read import Prefix, Read
 from read_jax.planning.chips import CHIPS, GIB, group_topology, topology_devices
 from read_jax.planning.compiler import Memory
 from read_jax.planning.hlo import Traffic, collectives
-from read_jax.planning.inference import InferencePlan, Load, Stage, plan_inference
+from read_jax.planning.inference import Counts, InferencePlan, Load, Stage, plan_inference
+from read_jax.planning.programs import PROMPT_TOKENS, prefix_length
 from read_jax.planning.tables import inference_text
 from read_jax.sharding import MeshConfig, make_mesh, on_mesh, spec
 from read_jax.weights.checkpoint import model_leaves
@@ -184,3 +190,43 @@ def test_a_scaled_down_model_answers_within_the_memory_of_its_chips(compiler, th
         assert one.memory.temporaries < 96 * MIB, one.name
         assert one.memory.peak > weights / group, one.name  # all of them stay on the chips
         assert bool(one.traffic) == (group > 1 and one.name != "predict"), one.name
+
+
+@pytest.fixture(scope="module")
+def shallow(thin):
+    """One layer of LLaMA: what a loop's body counts once, as compilers do, is then all of it."""
+    return thin.replace(llama=dataclasses.replace(thin.llama, num_layers=1))
+
+
+@pytest.mark.parametrize("name", ["prefix", "teacher_force", "generate", "predict"])
+def test_operations_are_those_of_the_program(shallow, name, monkeypatch):
+    monkeypatch.setenv("READ_JAX_ATTENTION", "plain")  # what is in a kernel the count does not see
+    load = Load(
+        pictures=1, questions=2, tokens=64, new_tokens=2
+    )  # after the first token one round of the loop
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: Read(shallow, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    )
+    programs = Programs(graphdef, params, end_id=2, exact=False)
+    tokens, width = prefix_length(shallow), shallow.llama.hidden_size
+    keys = jax.ShapeDtypeStruct(
+        (1, 1, tokens, shallow.llama.num_kv_heads, shallow.llama.head_dim), jnp.bfloat16
+    )
+    prefix = Prefix(jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16), KeyValues(keys, keys))
+    asked, rows = np.zeros((1, 2, 64), np.int32), np.zeros((1, 2), np.int32)
+    geometry = stack_geometries(
+        [image_geometry(480, 640, shallow.sasp, shallow.clip.grid_size, shallow.sam.image_size)] * 2
+    )
+    image_tokens = jax.ShapeDtypeStruct((1, 576, width), jnp.bfloat16)
+    embedding = jax.ShapeDtypeStruct((2, 64, 64, 256), jnp.bfloat16)
+    seg = [jax.ShapeDtypeStruct((2, *shape, width), jnp.bfloat16) for shape in ((), (576,))]
+    arguments = {
+        "prefix": (np.zeros(tokens, np.int32), image_tokens, PROMPT_TOKENS),
+        "teacher_force": (prefix, asked),
+        "generate": (prefix, asked, rows, rows, 2, None),
+        "predict": (*seg, embedding, geometry),
+    }
+    counted = programs.lower(name, *arguments[name]).cost_analysis()["flops"]
+    ours, _ = getattr(Counts(shallow, load, 1), name)()
+    # the plain program computes the scores that the mask hides too
+    assert 0.89 * counted < ours < 1.02 * counted

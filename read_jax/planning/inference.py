@@ -183,7 +183,7 @@ def _stages(model: ReadConfig, mode: Mode, chip: Chip, mesh: Mesh, load: Load) -
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(params)}
     parameter_shardings(model, shapes, mesh)  # says what cannot be shared
     programs = Programs(graphdef, placed(params, mesh), end_id=_END, exact=False)
-    counts = _Counts(model, load, mesh.size)
+    counts = Counts(model, load, mesh.size)
     geometry = stack_geometries(
         [image_geometry(480, 640, model.sasp, model.clip.grid_size, model.sam.image_size)] * load.pictures
     )
@@ -249,7 +249,7 @@ def _whole_bytes(arguments: Sequence[Any]) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Counts:
+class Counts:
     """(operations, bytes) per chip of each program: products, and what they must read and write.
 
     model: the architecture; load: what goes through; group: chips that share LLaMA, CLIP, and the hidden
