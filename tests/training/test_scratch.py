@@ -214,7 +214,12 @@ def test_lessons_that_were_interrupted_end_with_the_same_eyes(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"no"]
+    "damage",
+    [
+        pytest.param(lambda data: b"", id="empty", marks=pytest.mark.slow),
+        pytest.param(lambda data: data[: len(data) // 2], id="half"),
+        pytest.param(lambda data: b"no", id="another", marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_file_of_lessons_begins_them_anew(tmp_path, capsys, damage):
     file = tmp_path / "lessons.npz"
@@ -226,6 +231,7 @@ def test_a_damaged_file_of_lessons_begins_them_anew(tmp_path, capsys, damage):
     assert not np.array_equal(leaves(anew)[0], leaves(pupil())[0])
 
 
+@pytest.mark.slow
 def test_lessons_of_another_model_are_not_taken(tmp_path, capsys):
     teach(pupil(), WORDS, LESSONS, tmp_path / "lessons.npz")
     larger = dataclasses.replace(VISION, hidden_size=32)
