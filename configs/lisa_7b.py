@@ -3,8 +3,8 @@
 Expected: ReasonSeg val gIoU 51.2, cIoU 57.6 is what the paper's ablation gives for [SEG] alone; it keeps the
 false premises that are left out here.
 
-Start: LLaVA-1.5-7B converted with `--sam sam_vit_h_4b8939.pth` to models/llava-1.5-7b. The groups keep LISA's
-proportions of the mixture.
+Start: LLaVA-1.5-7B converted with `--sam sam_vit_h_4b8939.pth` to models/llava-1.5-7b. The groups have
+the shares that they have in READ's own mixture.
 """
 
 from read_jax.training.config import recipe

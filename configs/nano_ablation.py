@@ -1,7 +1,8 @@
 """What Similarity as Points is worth to the nano model: its masks learned anew, in a few hundred updates.
 
 `tests/benchmarks/ablation.py` runs it with points off, at whole cells, and moved to their expectation, three
-seeds each, from a nano model that answers but has not yet learned to draw masks.
+seeds each, from a nano model that answers but has not yet learned to draw masks: `start.model` names it. (The
+shipped one, which stands there otherwise, draws them already.)
 
 Expected: no score is known yet.
 """

@@ -84,7 +84,7 @@ case $action in
         require --from "$from" '[^/].*' 'a folder in the bucket'
         require --to "$to" '.+' 'a folder here'
         need gcloud 'see https://cloud.google.com/sdk/docs/install'
-        mkdir -p "$to"
+        run mkdir -p "$to"
         run gcloud storage rsync --recursive "gs://$bucket/$from" "$to"
         ;;
     delete) on_cluster && run xpk cluster delete "${where[@]}" --force ;;

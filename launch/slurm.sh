@@ -39,12 +39,13 @@ again() {
     kill -TERM "$step" 2> /dev/null
     status=0
     wait "$step" || status=$?
-    # 75: it has saved and can go on
-    [[ $status != 75 ]] || scontrol requeue "$SLURM_JOB_ID"
+    # 75: a training run has saved; 143: an evaluation, whose answers are kept as they come
+    [[ $status != 75 && $status != 143 ]] || scontrol requeue "$SLURM_JOB_ID"
     exit "$status"
 }
 trap again USR1
-srun --kill-on-bad-exit=1 --wait=90 "$environment/bin/read-jax" "$@" --distributed &
+# those that are told to stop end with a status of their own, and not all at once
+srun --kill-on-bad-exit=0 --wait=120 "$environment/bin/read-jax" "$@" --distributed &
 step=$!
 trap 'kill -TERM "$step"' TERM
 status=0

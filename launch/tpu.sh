@@ -19,7 +19,7 @@
 #   --slices N         several of them, with the data centre's network between (default: 1)
 #   --spot             cheaper, and taken away when others want them: then `resume`
 #   --bucket BUCKET    mounted on every machine at ~/bucket: data, models and the run's folder belong there
-#   --restarts K       begin again, at most K times, when a machine dies (default: 20)
+#   --restarts K       begin again, at most K times, when a process dies (default: 20)
 #   --dry-run          show the commands and run nothing
 #
 # `resume` gives back what was taken away, asks for the same again, installs, and starts; a run goes on from its
@@ -123,14 +123,16 @@ case $action in
         common
         something_to_run
         resources delete "$name" --force --quiet || echo "$ME: there was no $name to give back" >&2
-        create && install && start "${arguments[@]}"
+        create
+        install
+        start "${arguments[@]}"
         ;;
     fetch)
         [[ -n $bucket ]] || fail '--bucket is missing: where the run has its folder'
         require --from "$from" '[^/].*' 'a folder in the bucket'
         require --to "$to" '.+' 'a folder here'
         need gcloud 'see https://cloud.google.com/sdk/docs/install'
-        mkdir -p "$to"
+        run mkdir -p "$to"
         run gcloud storage rsync --recursive "gs://$bucket/$from" "$to"
         ;;
     delete) common && resources delete "$name" --force --quiet ;;

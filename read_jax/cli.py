@@ -16,11 +16,32 @@ from read_jax.commands.plan import add_plan
 from read_jax.commands.segment import add_segment
 from read_jax.commands.train import add_cache, add_merge, add_train
 from read_jax.commands.weights import add_convert, add_export, add_inspect
-from read_jax.errors import ReadJaxError
+from read_jax.errors import AGAIN, ReadJaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
+    try:
+        status = _main(argv)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            _leave_the_job(1, error)
+        elif error.code:
+            _leave_the_job(error.code if isinstance(error.code, int) else 1)
+        raise
+    if status not in (0, AGAIN):
+        _leave_the_job(status)
+    return status
+
+
+def _leave_the_job(status: int, error: BaseException | None = None) -> None:
+    """One of several processes does not wait for the others when it ends with an error."""
+    processes = sys.modules.get("read_jax.processes")
+    if processes is not None:  # some command has asked for it
+        processes.leave_the_job(status, error)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names and answers may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -43,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
-        return _fail("out of memory. Try --dtype bfloat16, fewer prompts at a time, or a larger device.")
+        way = getattr(arguments, "memory", "--dtype bfloat16, fewer prompts at a time, or a larger device")
+        return _fail(f"out of memory. Try {way}.")
     return status or 0
 
 

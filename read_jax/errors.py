@@ -1,5 +1,8 @@
 """The errors a user can cause. Each message says what was wrong, where, and what to do about it."""
 
+AGAIN = 75
+"""Exit status of a run that was told to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
+
 
 class ReadJaxError(ValueError):
     """Base of every error that bad input causes; the command line prints it without a traceback."""

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+import os
+import secrets
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,9 +22,12 @@ from jax.sharding import NamedSharding
 
 from read_jax.errors import ConfigError, ReadJaxError
 
+_joined = False
 _WAITS = itertools.count()  # a barrier's name must be new; all processes count alike
 HEARTBEAT = 30
 """Seconds after which a process that is not heard of ends the job."""
+PARTING = 600
+"""Seconds that a process waits for the others at its end: they may have more to write."""
 
 
 def join(
@@ -25,7 +35,8 @@ def join(
 ) -> None:
     """Become one of the processes of a job; before anything else asks JAX for its devices.
 
-    When one of them dies, the others end too, within about `HEARTBEAT` seconds, and say so.
+    When one of them dies, the others end too, within about `HEARTBEAT` seconds, and say so. When the others
+    do not come, JAX ends the process, after saying on standard error what it waited for.
 
     Args:
         coordinator: HOST:PORT where process 0 listens.
@@ -35,13 +46,17 @@ def join(
 
     Raises:
         ConfigError: some of the three are missing, or the cluster does not tell.
-        ReadJaxError: the processes do not find one another.
+        ReadJaxError: nobody listens at the coordinator's address.
     """
     given = (coordinator, processes, process)
     if None in given and given != (None, None, None):
         raise ConfigError("give --coordinator, --processes and --process together, or none of them.")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ConfigError(f"there is no process {process} among {processes}; they count from 0.")
+    if coordinator:
+        print(f"waiting at most {wait} s for {processes} processes at {coordinator} ...", file=sys.stderr)
+        if process:
+            _knock(coordinator, wait)
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator,
@@ -49,7 +64,7 @@ def join(
             process_id=process,
             initialization_timeout=wait,
             heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=PARTING,
         )
     except ValueError as error:  # JAX names what it could not find out
         raise ConfigError(
@@ -62,6 +77,72 @@ def join(
         where = f" at {coordinator}" if coordinator else ""
         line = str(error).strip().splitlines()[0]
         raise ReadJaxError(f"the processes did not find one another{where} in {wait} s: {line}") from error
+    global _joined
+    _joined = True
+
+
+def _knock(coordinator: str, wait: int) -> None:
+    """Wait until somebody listens there: JAX itself would end the process without a word that helps."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--coordinator must be HOST:PORT, not {coordinator!r}.")
+    until = time.monotonic() + wait
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ReadJaxError(
+                    f"nobody listens at {coordinator} after {wait} s ({error}): process 0 is not running, or "
+                    "a firewall is between."
+                ) from error
+            time.sleep(0.2)
+
+
+def leave_the_job(status: int, error: BaseException | None = None) -> None:
+    """End this process at once if it is one of several: it is alone with an error, which is shown.
+
+    The usual end waits for the others, who wait for this one; so they notice within about `HEARTBEAT`
+    seconds.
+    """
+    if not _joined:
+        return
+    if error is not None:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def all_agree(mine: bool) -> bool:
+    """Whether it is so in every process; all of them ask."""
+    if not several():
+        return mine
+    from jax.experimental import multihost_utils
+
+    wait_for_all("an answer")  # the devices' network gives up on one that comes late
+    return bool(np.all(multihost_utils.process_allgather(np.array(mine))))
+
+
+def check_shared(folder: Path) -> None:
+    """Raises `ConfigError` in every process unless all of them see this folder as the same one."""
+    if not several():
+        return
+    from jax.experimental import multihost_utils
+
+    wait_for_all("a folder")
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
+    file = folder / ".seen-by-all"
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(number))
+    wait_for_all("what the first wrote")
+    seen = all_agree(file.is_file() and file.read_text() == str(number))
+    if is_first():
+        file.unlink()
+    if not seen:
+        raise ConfigError(f"not every process sees the same {folder}: it must be on a disk that all share.")
 
 
 def rank() -> tuple[int, int]:
@@ -90,29 +171,62 @@ def wait_for_all(what: str, seconds: int = 24 * 3600) -> None:
         barrier(key=f"{what} {next(_WAITS)}", timeout_ms=1000 * seconds)
 
 
-def share_of_rows(sharding: NamedSharding, rows: int) -> tuple[int, int]:
-    """Which share of a batch this process has to make for its devices: (index, count).
+class Share(NamedTuple):
+    """What a process makes of every batch.
 
-    Processes whose devices hold the same rows make the same share. Raises `ConfigError` when a process's
-    devices do not hold one run of rows.
+    index, count: share number `index` of `count` equal ones. blocks: where its rows go: the batch is cut into
+    `of` equal runs of rows, and these of them are its own, in their order. They need not lie together: a
+    machine's chips are neighbours in the network, not in the mesh.
     """
-    places = sharding.addressable_devices_indices_map((rows,)).values()
-    held = sorted({place[0].indices(rows)[:2] for place in places if place is not None})
-    first, last = held[0][0], held[-1][1]
-    size = last - first
-    if sum(stop - start for start, stop in held) != size or rows % size or first % size:
+
+    index: int
+    count: int
+    blocks: tuple[int, ...]
+    of: int
+
+
+def batch_shares(sharding: NamedSharding) -> dict[int, Share]:
+    """The share of each process in a batch that is placed so, by the process's number.
+
+    Processes whose devices hold the same rows make the same share. Raises `ConfigError` when two processes
+    hold rows of which some are the same and others not.
+    """
+    mesh = sharding.mesh
+    of = mesh.size // sharding.shard_shape((mesh.size,))[0]
+    held: dict[int, set[int]] = {}
+    for device, index in sharding.devices_indices_map((of,)).items():
+        assert index is not None
+        held.setdefault(device.process_index, set()).add(index[0].indices(of)[0])
+    blocks = {process: tuple(sorted(own)) for process, own in held.items()}
+    shares = sorted(set(blocks.values()))
+    if sum(map(len, shares)) != of or len(set(map(len, shares))) > 1:
         raise ConfigError(
-            f"the mesh {dict(sharding.mesh.shape)} gives the devices of one process pictures from several "
-            "places of the batch. Choose data and fsdp so that those of one process lie together."
+            f"the mesh {dict(mesh.shape)} gives some processes a part of the same pictures. Choose tensor so "
+            "that its devices belong to one process, or to whole processes."
         )
-    return first // size, rows // size
+    return {process: Share(shares.index(own), len(shares), own, of) for process, own in blocks.items()}
 
 
 def from_shares(sharding: NamedSharding, arrays: Any) -> Any:
     """A tree of arrays of which every process has its share of rows, as one tree on all devices."""
     if not several():
         return jax.device_put(arrays, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), arrays)
+    share = batch_shares(sharding)[jax.process_index()]
+
+    def put(leaf: Any) -> jax.Array:
+        x = np.asarray(leaf)
+        rows = len(x) // len(share.blocks)
+        shape = (rows * share.of, *x.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: own_rows(share, x, index or ()))
+
+    return jax.tree.map(put, arrays)
+
+
+def own_rows(share: Share, x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    """Of a share's rows [R, ...], those at `index` of the whole batch, which are one block."""
+    rows = len(x) // len(share.blocks)
+    place = share.blocks.index(index[0].indices(rows * share.of)[0] // rows)
+    return x[place * rows : (place + 1) * rows][(slice(None), *index[1:])]
 
 
 def from_equals(places: Any, arrays: Any) -> Any:
@@ -163,12 +277,14 @@ class Agreement:
             mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
             self._shared = NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
             whole = NamedSharding(mesh, jax.sharding.PartitionSpec())
+            self._devices = mesh.size
             self._any = jax.jit(lambda flags: flags.any(), out_shardings=whole)
 
     def __call__(self, wants: bool) -> bool:
         """The same answer in every process: of the round before, on one process of this one."""
         if not several():
             return wants
-        before, flags = self._asked, np.full(jax.local_device_count(), wants)
-        self._asked = self._any(jax.make_array_from_process_local_data(self._shared, flags))
+        before, flag = self._asked, np.full(1, wants)
+        flags = jax.make_array_from_callback((self._devices,), self._shared, lambda index: flag)
+        self._asked = self._any(flags)
         return bool(before) if before is not None else False

@@ -137,6 +137,7 @@ def test_the_ablations_differ_from_the_recipe_in_one_thing():
         ("read_7b_reasonsegg", None, r"Did you mean read_7b_reasonseg"),
         ("read_7b_reasonseg:runlocally", None, r"no variant 'runlocally'"),
         ("read_7b_reasonseg", "lora=None", r"adapters"),
+        ("read_7b_reasonseg", "start.scratch.llama.hidden_sise=64", r"'hidden_sise'.*nearest.*'hidden_size'"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_nearest_known(name, change, words):

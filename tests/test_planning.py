@@ -1,11 +1,12 @@
 """Plans for machines that are not there: topologies, our own count, what programs send, and the compiler.
 
-The whole step for a real TPU, scaled down: `pytest -m slow tests/test_planning.py` (minutes).
+The whole step for a node of GPUs, scaled down: `pytest -m slow tests/test_planning.py` (minutes).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 
@@ -90,6 +91,7 @@ def plan(setup, **changes):
         pictures=160,
         questions=3,
         tokens=256,
+        prefix=613,
         micro_batches=10,
         remat=True,
         cost=train_cost(setup, mesh(fsdp=16)),
@@ -130,13 +132,23 @@ def test_without_the_cuda_compiler_it_says_how_to_get_it(monkeypatch, tmp_path, 
     assert "there is no jax_plugins/xla_cuda*/xla_cuda_plugin.so" in capsys.readouterr().err
 
 
+def scaled_down(pictures):
+    """The paper's recipe with a tiny model, and all else as it is."""
+    trainable = load_config("read_7b_reasonseg").trainable
+    return load_config(
+        "read_7b_reasonseg:runlocal",
+        [
+            *("step.micro_batches=1", f"data.global_batch={pictures}", "dtype=bfloat16"),
+            *(f"trainable={trainable}", "lora.rank=4"),
+        ],
+    )
+
+
 @pytest.mark.slow
 def test_a_scaled_down_step_compiles_for_gpus_within_their_memory():
     if "READ_JAX_CUDA" not in os.environ:
         pytest.skip("the CUDA compiler is not at hand: set READ_JAX_CUDA to its folder")
-    config = load_config(
-        "read_7b_reasonseg:runlocal", ["step.micro_batches=1", "data.global_batch=8", "dtype=bfloat16"]
-    )
+    config = scaled_down(8)
     made = make_plan(set_up(config, architecture(config)), "h100:8", MeshConfig(fsdp=8))
     assert made.fits
     assert made.memory.temporaries is not None and made.memory.temporaries < 256 * 2**20
@@ -165,7 +177,22 @@ def test_collectives_count_as_often_as_their_loops_run_and_once_however_often_th
     found = collectives(LOOPS)
     assert found["all-gather"] == Traffic(5 + 1, 5 * 64 * 8 * 2 + (16 + 32) * 4)
     assert found["collective-permute"] == Traffic(15, 15 * 2 * 8 * 4)
-    assert found["all-reduce"] == Traffic(1 + 1, 4 + (10 + 20) * 4)
+    assert found["all-reduce"] == Traffic(1 + 1, 2 * (4 + (10 + 20) * 4))  # scattered sums, then gathered
+
+
+@pytest.mark.parametrize(
+    ("operation", "sent"),
+    [
+        ("f32[16] all-gather(%a), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}", 64 / 2),
+        ("f32[16] all-gather(%a), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}", 64 * 3 / 4),
+        ("f32[16] all-reduce(%a), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0)", 2 * 64 * 3 / 4),
+        ("f32[16] reduce-scatter(%a), channel_id=1, replica_groups=[1,8]<=[8]", 64 * 7),
+        ("f32[16] collective-permute(%a), channel_id=1, source_target_pairs={{0,1},{1,0}}", 64),
+    ],
+)
+def test_what_is_sent_depends_on_the_kind_and_on_how_many_take_part(operation, sent):
+    (found,) = collectives(f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  ROOT %x = {operation}\n}}\n").values()
+    assert found == Traffic(1, sent)
 
 
 def test_useful_operations_are_shared_by_all_devices(setup):
@@ -227,6 +254,7 @@ def test_a_plan_says_whether_it_fits_and_what_bounds_it(setup):
     seconds = good.cost.useful / 197e12 / 0.4
     hours = 100 * seconds / 3600
     assert f"at 40% of the peak: {seconds:.2f} s" in text
+    assert f"{160 * (613 + 3 * 256) / seconds:,.0f} tokens/s" in text
     assert f"{hours * 16:.0f} chip-hours, ${hours * 16 * 1.2:,.0f}" in text
     bad = plan(setup, memory=Memory(None, None, None, 20 * GIB), traffic={})
     assert not bad.fits
@@ -273,19 +301,18 @@ def test_a_search_ranks_what_fits_by_time(setup, compiler):
     assert found
     fitting = [candidate for candidate in found if candidate.fits]
     assert found[: len(fitting)] == fitting
-    assert [c.seconds for c in fitting] == sorted(c.seconds for c in fitting)
+    assert all(b.seconds > 0.99 * a.seconds for a, b in itertools.pairwise(fitting))
+    fast = [c for c in fitting if c.seconds < 1.01 * fitting[0].seconds]
+    assert fitting[0].cost.memory == min(c.cost.memory for c in fast)
     assert all(c.mesh.fsdp * c.mesh.tensor > 1 for c in fitting)  # 7B does not fit on one chip
     assert "ways to run it" in candidates_table(found)
 
 
-@pytest.mark.slow
 def test_a_scaled_down_step_compiles_for_a_tpu_within_its_memory(compiler):
-    config = load_config(
-        "read_7b_reasonseg:runlocal", ["step.micro_batches=1", "data.global_batch=4", "dtype=bfloat16"]
-    )
+    config = scaled_down(4)
     made = make_plan(set_up(config, architecture(config)), "v5e:2x2", MeshConfig(fsdp=4))
     assert made.fits
-    assert made.memory.temporaries is not None and made.memory.temporaries < 64 * 2**20
+    assert made.memory.temporaries is not None and made.memory.temporaries < 20 * 2**20
     assert made.traffic["all-gather"].number > 0  # the parameters are shared
 
 

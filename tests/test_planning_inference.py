@@ -82,7 +82,10 @@ def test_a_plan_says_whether_it_fits_and_how_fast_it_can_be():
     assert text.startswith("fits: yes")
     assert "13.75 GiB to spare" in text
     # each is bound by its arithmetic: 1 s; 8 pictures, 32 questions
-    assert "at least 2.00 s: at most 4.0 pictures or 16.0 answers per second and group" in text
+    assert (
+        "full length, takes at least 2.00 s: at most 4.0 pictures or 16.0 answers per second and group"
+        in text
+    )
     assert json.loads(json.dumps(good.to_dict()))["stages"][1]["times"]["memory"] == 0.5
     bad = plan(stage(peak=20 * GIB))
     assert inference_text(bad).startswith("fits: no")
@@ -97,7 +100,7 @@ def test_a_plan_says_whether_it_fits_and_how_fast_it_can_be():
         (("serve", "--search"), "--search says nothing about a plan to serve"),
         (("--questions", "3"), "--questions says nothing about a plan to train"),
         (("serve", "--questions", "0"), "questions must be positive"),
-        (("serve", "--batch", "16"), "64 questions do not go through together, at most 32"),
+        (("serve", "--batch", "16"), "64 questions do not go through together, at most 32 do"),
         (("--questions", "0"), "--questions says nothing about a plan to train"),
         (("--pictures", "0"), "--pictures must be positive"),
     ],

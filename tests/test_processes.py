@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from read_jax.errors import ConfigError
-from read_jax.processes import from_equals, from_shares, join, share_of_rows
+from read_jax.errors import AGAIN, ConfigError, ReadJaxError
+from read_jax.files import only_writer
+from read_jax.planning.chips import topology_devices
+from read_jax.processes import Share, batch_shares, from_equals, from_shares, join, own_rows
 from read_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from read_jax.training.checkpoint import FOLDER
 from read_jax.training.config import load_config
 from read_jax.training.logs import METRICS
-from read_jax.training.loop import AGAIN
 from read_jax.training.run import base_model, make_mixture
 from read_jax.weights.checkpoint import BUNDLED_MODELS
 from tests.training.tiny_run import PATIENCE, Command, Process, lines, results, write_recipe
@@ -166,6 +167,24 @@ def test_one_that_is_told_to_stop_stops_all_and_they_go_on(jobs):
     assert [int(folder.name) for folder in (workdir / FOLDER).iterdir()] == [len(lines(workdir / METRICS))]
 
 
+@pytest.mark.slow
+def test_one_that_is_alone_with_an_error_ends_with_it_and_the_others_within_a_minute(jobs):
+    with only_writer(jobs.folder / "busy", ValueError()):  # which the first process alone finds out
+        first, second = jobs.train("busy")
+        assert first.end() == 1
+        assert "another run is writing" in first.said()
+        assert second.end(MINUTE) not in (0, AGAIN)
+
+
+def test_where_nobody_listens_is_said(capsys):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+        with pytest.raises(ReadJaxError, match=f"nobody listens at {address} after 1 s"):
+            join(address, 2, 1, wait=1)
+    assert f"waiting at most 1 s for 2 processes at {address}" in capsys.readouterr().err
+
+
 @pytest.mark.timeout(3 * PATIENCE)
 @pytest.mark.parametrize("mode", ["generate", pytest.param("forced", marks=pytest.mark.slow)])
 def test_an_evaluation_shared_by_two_gives_the_scores_and_texts_of_one(jobs, mode):
@@ -215,7 +234,8 @@ def test_an_evaluation_of_which_one_process_dies_ends_and_goes_on(jobs):
     first, second = jobs.evaluate("disturbed", *options)
     first.wait_for(lambda: len(lines(folder / "answers-00001.jsonl")) > 3)
     second.kill()
-    assert first.end(2 * MINUTE) != 0  # it answers its own share first
+    assert first.end(MINUTE) != 0
+    assert "distributed service detected fatal errors" in first.said()
     finish(jobs.evaluate("disturbed", *options))
     assert scores(jobs.folder / "undisturbed") == scores(folder)
 
@@ -248,9 +268,48 @@ def test_a_machine_of_no_cluster_is_told_what_to_give(tmp_path):
     assert "part of no cluster" in process.said() and "--coordinator HOST:PORT" in process.said()
 
 
-def test_one_process_has_all_rows():
+def test_one_process_has_the_whole_batch():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert share_of_rows(batch_sharding(mesh), 8) == (0, 1)
+    assert batch_shares(batch_sharding(mesh)) == {0: Share(0, 1, (0,), 1)}
+
+
+def test_rows_of_a_share_go_to_its_own_places_in_the_batch():
+    share, rows = Share(1, 2, (1, 2), 4), np.array([[10], [11], [12], [13]])
+    np.testing.assert_array_equal(own_rows(share, rows, (slice(2, 4), slice(None))), [[10], [11]])
+    np.testing.assert_array_equal(own_rows(share, rows, (slice(4, 6), slice(None))), [[12], [13]])
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [
+        ("v5e:4x4", MeshConfig(fsdp=16)),
+        ("v5e:4x4", MeshConfig(fsdp=4)),
+        ("v5e:4x4", MeshConfig(fsdp=4, tensor=4)),
+        ("v5e:4x4", MeshConfig(fsdp=2, tensor=8)),
+        ("v6e:4x4", MeshConfig(fsdp=16)),
+        ("v5p:2x2x4", MeshConfig(fsdp=16)),
+        ("v5e:16x16", MeshConfig(fsdp=16)),
+        ("v5e:4x4", MeshConfig(fsdp=16, slices=2)),
+    ],
+    ids=str,
+)
+def test_the_machines_of_a_pod_make_every_picture_once(topology, mesh):
+    try:
+        devices = topology_devices(topology, mesh.slices)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    place = batch_sharding(make_mesh(mesh, devices))
+    shares = batch_shares(place)
+    assert set(shares) == {device.process_index for device in devices}
+    of, count = shares[0].of, shares[0].count
+    made = {share.index: share.blocks for share in shares.values()}  # equal ones are made more than once
+    assert sorted(made) == list(range(count))
+    assert sorted(block for blocks in made.values() for block in blocks) == list(range(of))
+    # two pictures for every block: each device finds its own among those of its process
+    for device, index in place.devices_indices_map((2 * of,)).items():
+        share = shares[device.process_index]
+        pictures = np.array([(share.index, k) for k in range(2 * len(share.blocks))])
+        assert own_rows(share, pictures, index).shape == (2, 2)
 
 
 def test_on_one_process_arrays_only_move():

@@ -95,7 +95,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     return _plan_training(arguments) if training else _plan_answering(arguments)
 
 
+_TRIED = 3  # of a search: so many are compiled until one fits
+
+
 def _plan_training(arguments: argparse.Namespace) -> int:
+    from read_jax.errors import ConfigError
     from read_jax.files import write_file
     from read_jax.planning.plan import make_plan, search
     from read_jax.planning.programs import architecture, set_up
@@ -110,15 +114,25 @@ def _plan_training(arguments: argparse.Namespace) -> int:
     setup = set_up(config, architecture(config, arguments.model))
     mesh = config.mesh
     if arguments.search:
+        if arguments.mesh:
+            raise ConfigError("--search looks for the mesh: leave --mesh away.")
         found = search(setup, arguments.topology, mesh.slices)
         print(candidates_table(found))
         if not found or not found[0].fits:
             print("fits: no (by the estimate, none of them; nothing was compiled)")
             return 1
-        best = found[0]
-        mesh, setup = best.mesh, setup.with_step(micro_batches=best.micro_batches, remat=best.remat)
-    print(_PATIENCE, file=sys.stderr)
-    plan = make_plan(setup, arguments.topology, mesh, serialize=bool(arguments.save))
+    else:
+        found = []
+    tried = [(c.mesh, setup.with_step(micro_batches=c.micro_batches, remat=c.remat)) for c in found if c.fits]
+    plan = None
+    for place, stepped in tried[:_TRIED] or [(mesh, setup)]:
+        if plan is not None:
+            print("the compiler finds that it does not fit; trying the next", file=sys.stderr)
+        print(_PATIENCE, file=sys.stderr)
+        plan = make_plan(stepped, arguments.topology, place, serialize=bool(arguments.save))
+        if plan.fits:
+            break
+    assert plan is not None
     print(plan_text(plan, pictures=arguments.pictures, price=arguments.price))
     _write_json(arguments.json, plan.to_dict())
     if arguments.save and plan.serialized:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from read_jax.commands.shared import Progress, add_config, add_processes, command, join_processes
+from read_jax.errors import AGAIN
 
 
 def add_train(commands: Any) -> None:
@@ -20,6 +22,12 @@ def add_train(commands: Any) -> None:
     )
     add_config(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print every setting, as changed, and do nothing else",
+    )
+    parser.set_defaults(memory="larger step.micro_batches, step.remat=True, or more devices in mesh.fsdp")
     add_processes(parser)
 
 
@@ -48,10 +56,18 @@ def add_merge(commands: Any) -> None:
     )
     parser.add_argument("workdir", metavar="WORKDIR", help="folder of the run")
     parser.add_argument("--output", required=True, metavar="MODEL_DIR", help="model folder to write")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--step", type=int, metavar="N", help="checkpoint after N updates (default: the newest)"
     )
-    parser.add_argument("--average", action="store_true", help="take the moving average of the parameters")
+    which.add_argument(
+        "--best", action="store_true", help="the checkpoint with the best validation, see checkpoints.best"
+    )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="take the moving average of the parameters, which is what validation scores where one is kept",
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="type to store (default: as the start is)"
     )
@@ -61,9 +77,12 @@ def add_merge(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from read_jax.training.config import load_config
-    from read_jax.training.loop import AGAIN, train
+    from read_jax.training.loop import train
 
     config = load_config(arguments.config, arguments.changes)
+    if arguments.show:
+        print(json.dumps(config.to_dict(), indent=2))
+        return 0
     join_processes(arguments)
     outcome = train(config, arguments.workdir)
     return AGAIN if outcome.stopped else 0
@@ -88,6 +107,7 @@ def _merge(arguments: argparse.Namespace) -> None:
         arguments.workdir,
         arguments.output,
         step=arguments.step,
+        best=arguments.best,
         average=arguments.average,
         dtype=arguments.dtype,
         base=arguments.base,

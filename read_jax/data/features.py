@@ -17,7 +17,6 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import math
 import os
@@ -270,18 +269,6 @@ class ShardWriter:
             f"the disk of {self._path.parent} is full. The shards before {self._path.name} are whole: free "
             "some space and run the same command again, it goes on from there."
         )
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Raises `DataError` when another process is filling the folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another run is filling {folder} right now; wait for it.") from None
-        yield
 
 
 def import_array_record() -> Any:

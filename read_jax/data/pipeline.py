@@ -221,6 +221,12 @@ class EvaluationLoader(Loader):
             "questions": self._packer.limits.questions,
         }
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """As for every loader; what could not be used is counted anew."""
+        super().restore(state)
+        self.skipped.clear()
+        self.skipped_count = 0
+
     def _check_share(self, per_example: list[tuple[Skipped, ...]]) -> None:
         if self.skipped_count > self._max_bad_share * self._places:
             raise self._too_many(self.skipped_count, self._places, self._max_bad_share)

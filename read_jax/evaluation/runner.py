@@ -25,7 +25,7 @@ from read_jax.evaluation.report import MARKDOWN, PAGE, SUMMARY, write_report
 from read_jax.evaluation.summary import summarize
 from read_jax.inference.request import check_sampling
 from read_jax.inference.segmenter import default_images_per_batch, load
-from read_jax.processes import rank, wait_for_all
+from read_jax.processes import check_shared, rank, wait_for_all
 from read_jax.text.conversation import get_template
 from read_jax.weights.checkpoint import load_record
 
@@ -120,6 +120,7 @@ def evaluate(
         "read_jax_version": read_jax.__version__,
     }
     host, hosts = rank()
+    check_shared(output)
     environment = {
         "model": Path(model_dir).resolve().name,
         "device": jax.devices()[0].device_kind,
@@ -159,6 +160,7 @@ def evaluate(
     summary = summarize(header, records)
     if host == 0:
         write_report(output, header, records, summary, source.__getitem__)
+    wait_for_all("the report")
     return summary
 
 

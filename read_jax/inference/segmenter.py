@@ -40,6 +40,9 @@ Image = Any
 
 DEFAULT_TEMPLATE = "llava_v1"
 
+ROWS_PER_BATCH = 32
+"""Answers that are decoded together, unless a `Segmenter` is made for another number."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:
@@ -130,7 +133,7 @@ class Segmenter:
         tokenizer: Tokenizer,
         *,
         images_per_batch: int | None = None,
-        rows_per_batch: int = 32,
+        rows_per_batch: int = ROWS_PER_BATCH,
     ):
         self.config = config
         self.tokenizer = tokenizer

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,9 @@ Array = jax.Array
 IMPLEMENTATIONS = ("auto", "plain", "splash", "splash-interpreted", "cudnn")
 """Values of READ_JAX_ATTENTION. auto: splash on TPUs, plain elsewhere; splash-interpreted: that kernel
 without a TPU, slowly; cudnn: NVIDIA's, in bfloat16, for LLaMA's packed sequences, not yet tried on a GPU."""
+
+SPLASH = {"splash": False, "splash-interpreted": True}
+"""Those that are splash attention, and whether it is interpreted."""
 
 KERNEL_FROM = 512
 """Tokens of a packed sequence from which a kernel is worth its padding."""
@@ -54,10 +56,12 @@ def attention(
 
     Returns:
         [B, T, H, V] in the type of `v`.
+
+    Raises `ConfigError` when READ_JAX_ATTENTION names no implementation.
     """
-    kernel = _kernel(q, WHOLE_FROM)
-    if kernel is not None and mask is None and q.shape[1] == k.shape[1]:
-        return kernel(q, k, v, scale=scale)
+    chosen = _implementation(q, WHOLE_FROM)
+    if chosen in SPLASH and mask is None and q.shape[1] == k.shape[1]:
+        return splash_attention(q, k, v, scale=scale, interpret=SPLASH[chosen])
     if mask is None and q.shape[1] * k.shape[1] >= BLOCKED_FROM and q.shape[1] % QUERY_BLOCK == 0:
         blocked, plain = (functools.partial(f, scale=scale) for f in (_blocked, _plain))
         return jax.lax.platform_dependent(q, k, v, cpu=blocked, default=plain)
@@ -74,10 +78,14 @@ def packed_attention(q: Array, k: Array, v: Array, layout: Packed) -> Array:
 
     Returns:
         [B, N, H, K].
+
+    Raises `ConfigError` as `attention`.
     """
-    kernel = _kernel(q, KERNEL_FROM)
-    if kernel is not None:
-        return kernel(q, k, v, layout=layout, shared_heads=True)
+    chosen = _implementation(q, KERNEL_FROM)
+    if chosen in SPLASH:
+        return splash_attention(q, k, v, layout=layout, shared_heads=True, interpret=SPLASH[chosen])
+    if chosen == "cudnn" and q.shape[-1] <= CUDNN_CHANNELS:
+        return cudnn_attention(q, k, v, layout)
     first, rows = layout.prefix, (layout.questions, layout.length)
 
     def causal(n: int) -> Array:
@@ -120,23 +128,21 @@ def prefix_attention(q: Array, prefix_k: Array, prefix_v: Array, k: Array, v: Ar
     return from_prefix + jax.vmap(_weigh)(weights[..., s:], v)
 
 
-def _kernel(q: Array, least: int) -> Callable[..., Array] | None:
-    """The kernel for queries [B, T, H, K], from so many on, on the platform that is traced for; None: the
-    plain one."""
+def _implementation(q: Array, least: int) -> str:
+    """Of `IMPLEMENTATIONS`, that for queries [B, T, H, K] on the platform that is traced for: below `least`
+    of them the plain one. Never "auto"."""
     chosen = os.environ.get("READ_JAX_ATTENTION", "auto")
     if chosen not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ConfigError(f"READ_JAX_ATTENTION is {chosen!r}; it can be one of: {known}.")
+    if q.shape[1] < least:
+        return "plain"
+    if chosen != "auto":
+        return chosen
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    if chosen == "plain" or q.shape[1] < least:
-        return None
-    if chosen == "splash-interpreted":
-        return functools.partial(splash_attention, interpret=True)
-    if chosen == "splash" or (chosen == "auto" and platform == "tpu"):
-        return splash_attention
-    return cudnn_attention if chosen == "cudnn" and q.shape[-1] <= CUDNN_CHANNELS else None
+    return "splash" if platform == "tpu" else "plain"
 
 
 def _plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, scale: float | None) -> Array:

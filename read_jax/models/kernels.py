@@ -106,30 +106,18 @@ def splash_attention(
     return own(q, k, v)
 
 
-def cudnn_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    layout: Packed | None = None,
-    scale: float | None = None,
-    shared_heads: bool = False,
-) -> Array:
-    """As `splash_attention`, by cuDNN: bfloat16 or float16, K and V equal and at most `CUDNN_CHANNELS`.
+def cudnn_attention(q: Array, k: Array, v: Array, layout: Packed) -> Array:
+    """Self-attention by cuDNN's kernel, which the compiler divides among devices itself.
 
-    The compiler divides this one itself, whatever `shared_heads` says.
+    q: [B, N, H, K]; k, v: [B, N, G, K]; bfloat16 or float16, K at most `CUDNN_CHANNELS`.
+
+    Returns [B, N, H, K].
     """
-    del shared_heads
     tokens = q.shape[1]
     size = -(-tokens // LANES) * LANES  # with a mask it trains on even lengths alone
     q, k, v = (jnp.pad(x, ((0, 0), (0, size - tokens), (0, 0), (0, 0))) for x in (q, k, v))
-    visible = (layout or Packed(tokens)).visible(size)
-    if layout is None:
-        visible = np.broadcast_to(np.arange(size) < tokens, (size, size))
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=jnp.asarray(visible[None, None]), scale=scale, implementation="cudnn"
-    )
-    return out[:, :tokens]
+    mask = jnp.asarray(layout.visible(size)[None, None])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :tokens]
 
 
 @functools.lru_cache(maxsize=16)

@@ -19,8 +19,7 @@ import numpy as np
 from flax import nnx
 
 from read_jax.config import LlamaConfig
-from read_jax.models.attention import attention, packed_attention, prefix_attention
-from read_jax.models.kernels import Packed
+from read_jax.models.attention import Packed, attention, packed_attention, prefix_attention
 from read_jax.models.layers import DType, float32_rms_norm, linear, scan_layers, stack_layers
 from read_jax.sharding import constrain
 

@@ -15,6 +15,9 @@ from read_jax.planning.gpus import gpu_devices, target
 
 GIB = 2**30
 
+JAX_TAKES = 0.75
+"""Of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -47,10 +50,10 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 180e9),
         Chip("v5p", "TPU v5", 95.74 * GIB, 459e12, 2765e9, 540e9),
         Chip("v6e", "TPU v6 lite", 31.25 * GIB, 918e12, 1640e9, 360e9),
-        # memory: the three quarters that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION); link: NVLink
-        Chip("a100", "NVIDIA A100-SXM4-80GB", 0.75 * 79.2 * GIB, 312e12, 2039e9, 300e9, 8),
-        Chip("h100", "NVIDIA H100 80GB HBM3", 0.75 * 79.1 * GIB, 989e12, 3352e9, 450e9, 9),
-        Chip("h200", "NVIDIA H200", 0.75 * 139.8 * GIB, 989e12, 4800e9, 450e9, 9),
+        # link: NVLink
+        Chip("a100", "NVIDIA A100-SXM4-80GB", JAX_TAKES * 79.2 * GIB, 312e12, 2039e9, 300e9, 8),
+        Chip("h100", "NVIDIA H100 80GB HBM3", JAX_TAKES * 79.1 * GIB, 989e12, 3352e9, 450e9, 9),
+        Chip("h200", "NVIDIA H200", JAX_TAKES * 139.8 * GIB, 989e12, 4800e9, 450e9, 9),
     )
 }
 """By name in a topology."""
@@ -122,7 +125,7 @@ def topology_devices(text: str, slices: int = 1) -> Sequence[Any]:
 
     chip, shape = parse_topology(text)
     if chip.generation:
-        description = target(chip.kind, chip.generation, chip.memory / 0.75, chip.bandwidth)
+        description = target(chip.kind, chip.generation, chip.memory / JAX_TAKES, chip.bandwidth)
         return gpu_devices(description, slices, int(shape))
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -41,7 +41,7 @@ def compile_lowered(lowered: jax.stages.Lowered, chip: Chip) -> tuple[jax.stages
         compiled = lowered.compile(compiler_options=COMPILER_OPTIONS if chip.generation else None)
     except jax.errors.JaxRuntimeError as error:
         return None, Memory(None, None, None, _wanted(error))
-    return compiled, _memory(compiled)
+    return compiled, memory_of(compiled)
 
 
 def serialize_compiled(compiled: jax.stages.Compiled) -> bytes:
@@ -50,7 +50,8 @@ def serialize_compiled(compiled: jax.stages.Compiled) -> bytes:
     return executable.serialize()
 
 
-def _memory(compiled: Any) -> Memory:
+def memory_of(compiled: Any) -> Memory:
+    """What a compiled program takes on each device."""
     found = compiled.memory_analysis()
     return Memory(
         found.argument_size_in_bytes,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from read_jax.config import ReadConfig
-from read_jax.models.attention import KERNEL_FROM
+from read_jax.models.attention import KERNEL_FROM, WHOLE_FROM
 from read_jax.planning.programs import Setup, abstract_state, bytes_per_device, placed, prefix_length
 from read_jax.sharding import FSDP, TENSOR, batch_devices
 from read_jax.training.config import TrainConfig
@@ -109,7 +109,7 @@ def _sam_bytes(model: ReadConfig, item: int, kernels: bool) -> float:
     """SAM's encoder over one picture: its scores above all."""
     sam = model.sam
     cells = sam.grid_size**2
-    everywhere = len(sam.global_attn_indexes) * cells**2 * (cells < KERNEL_FROM or not kernels)
+    everywhere = len(sam.global_attn_indexes) * cells**2 * (cells < WHOLE_FROM or not kernels)
     windows = (sam.depth - len(sam.global_attn_indexes)) * cells * sam.window_size**2
     scores = 3 * _FLOAT32 * sam.num_heads * (everywhere + windows)
     return scores + item * sam.depth * cells * (12 * sam.embed_dim + 2 * sam.mlp_dim)

@@ -79,9 +79,10 @@ def gpu_devices(description: str, nodes: int, each: int) -> Sequence[Any]:
         found = topologies.get_topology_desc(
             "", platform="cuda", target_config=description, topology=f"1x{nodes}x{each}"
         )
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:  # not registered, or it fails
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            "the CUDA compiler is not at hand. It needs no GPU: pip install --no-deps --target DIR "
+            f"the CUDA compiler is not at hand ({line}). It needs no GPU: pip install --no-deps --target DIR "
             f"jax-cuda13-pjrt=={jax.__version__} nvidia-cuda-nvcc nvidia-nvvm, and set {FOLDER}=DIR."
         ) from error
     return found.devices

@@ -16,6 +16,8 @@ _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(
 _SHAPE = re.compile(r"\b(pred|bf16|f\d+(?:e\w+)?|[su]\d+|c64)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
@@ -23,7 +25,8 @@ _BELOW = re.compile(r"^\s+ROOT .* compare\([^)]*?([\w.\-]+)\), direction=LT")
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective. number: how often it runs; bytes: of its results on one device, all runs."""
+    """Of one kind of collective. number: how often it runs; bytes: that one device sends and receives at
+    least, in all runs: around a ring, which is what moves the fewest."""
 
     number: int
     bytes: float
@@ -45,6 +48,7 @@ def collectives(text: str, open_rounds: int = 1) -> dict[str, Traffic]:
             if match is None or kind not in COLLECTIVES:
                 continue
             size = _result_bytes(match[2], kind, asynchronous=match[3].endswith("-start"))
+            size *= _moved(kind, _members(line))
             channel = _CHANNEL.search(line)
             # one that runs beside other work is written in every piece of that work
             key = channel[1] if channel else f"{name} {number}"
@@ -121,6 +125,26 @@ def _result_bytes(shapes: str, kind: str, asynchronous: bool) -> float:
     if asynchronous and kind != "all-reduce":
         return sum(sizes[len(sizes) // 2 :])
     return sum(sizes)
+
+
+def _moved(kind: str, members: int | None) -> float:
+    """Bytes that a device sends, for each byte of its result, with so many devices in a group."""
+    if members is None or kind == "collective-permute":
+        return 2.0 if kind == "all-reduce" else 1.0
+    if kind == "all-reduce":  # a reduce-scatter, and an all-gather
+        return 2 * (members - 1) / members
+    if kind == "reduce-scatter":  # the result is a device's part alone
+        return members - 1
+    return (members - 1) / members
+
+
+def _members(line: str) -> int | None:
+    """Devices of a collective's groups: {{0,1},{2,3}} or [groups,members]<=[...]; None: it does not tell."""
+    listed = _LISTED.search(line)
+    if listed:
+        return listed[1].count(",") + 1
+    counted = _COUNTED.search(line)
+    return int(counted[1]) if counted else None
 
 
 def _item_bytes(kind: str) -> float:

@@ -21,6 +21,7 @@ from read_jax.config import Config, ReadConfig
 from read_jax.errors import ConfigError
 from read_jax.geometry import image_geometry, stack_geometries
 from read_jax.inference.programs import Programs, bucket
+from read_jax.inference.segmenter import ROWS_PER_BATCH
 from read_jax.models.read import Read
 from read_jax.planning.chips import Chip, group_topology, parse_topology, topology_devices
 from read_jax.planning.compiler import Memory, compile_lowered
@@ -36,9 +37,6 @@ from read_jax.training.flops import (
 )
 
 Mode = Literal["evaluate", "serve"]
-
-ROWS = 32
-"""`rows_per_batch` of `Segmenter`."""
 
 _BFLOAT16 = 2
 _END = 2  # any token: it changes no shape
@@ -64,8 +62,9 @@ class Load(Config):
         self._require_positive("pictures", "questions", "tokens", "new_tokens")
         rows = bucket(self.pictures) * bucket(self.questions)
         self._require(
-            rows <= ROWS,
-            f"{rows} questions do not go through together, at most {ROWS}: of fewer pictures, or fewer each.",
+            rows <= ROWS_PER_BATCH,
+            f"{rows} questions do not go through together, at most {ROWS_PER_BATCH} do: plan for fewer "
+            "pictures, or fewer questions about each.",
         )
 
     def padded(self) -> Load:
@@ -177,6 +176,7 @@ def plan_inference(
 
 
 def _stages(model: ReadConfig, mode: Mode, chip: Chip, mesh: Mesh, load: Load) -> Iterator[Stage]:
+    """The programs in their order; nothing can be asked for behind one that does not fit."""
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: Read(model, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     )
@@ -220,15 +220,12 @@ def _stages(model: ReadConfig, mode: Mode, chip: Chip, mesh: Mesh, load: Load) -
     rows = np.zeros((load.pictures, load.questions), np.int32)
     asked = np.zeros((*rows.shape, load.tokens), np.int32)
     if mode == "evaluate":
-        stage, states = made("teacher_force", features, prefix, asked)
-        given = states
+        stage, given = made("teacher_force", features, prefix, asked)
     else:
         args = (prefix, asked, rows, rows, load.new_tokens, None)
         stage, given = made("generate", features, *args, open_rounds=load.new_tokens - 1)
-        states = given.states if given is not None else None
     yield stage
-    if states is None:
-        return
+    states = given if mode == "evaluate" else given.states
     count, width = rows.size, model.llama.hidden_size
     every = jax.tree.map(lambda x: np.resize(np.asarray(x), (count, *np.shape(x)[1:])), geometry)
     inputs = (

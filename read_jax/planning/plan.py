@@ -15,7 +15,7 @@ from read_jax.planning.chips import Chip, parse_topology, topology_devices
 from read_jax.planning.compiler import Memory, compile_lowered, serialize_compiled
 from read_jax.planning.cost import Cost, train_cost
 from read_jax.planning.hlo import Traffic, collectives
-from read_jax.planning.programs import Setup, check_mesh, train_program
+from read_jax.planning.programs import Setup, check_mesh, prefix_length, train_program
 from read_jax.sharding import MeshConfig, make_mesh
 
 UTILISATIONS = (0.4, 0.6)
@@ -28,7 +28,8 @@ class Plan:
 
     Attributes:
         topology, slices, chip, mesh: the machine, and how its devices are arranged.
-        pictures, questions, tokens: of an update; tokens are those of a question with its answer.
+        pictures, questions, tokens, prefix: of an update; tokens are those of a question with its answer,
+            prefix those before all questions about a picture.
         micro_batches, remat: how it is cut, and what is recomputed.
         cost: per device, by our own count.
         memory, traffic: per device, as the compiler has them.
@@ -43,6 +44,7 @@ class Plan:
     pictures: int
     questions: int
     tokens: int
+    prefix: int
     micro_batches: int
     remat: bool | str
     cost: Cost
@@ -50,6 +52,11 @@ class Plan:
     traffic: Mapping[str, Traffic]
     seconds: float
     serialized: bytes | None = None
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Through the language model, as a run's log counts them."""
+        return self.pictures * (self.prefix + self.questions * self.tokens)
 
     @property
     def fits(self) -> bool:
@@ -118,6 +125,7 @@ def make_plan(
         pictures=data.global_batch,
         questions=data.questions,
         tokens=data.tokens,
+        prefix=prefix_length(setup.model),
         micro_batches=setup.config.step.micro_batches,
         remat=setup.config.step.remat,
         cost=cost,
@@ -157,18 +165,23 @@ class Candidate:
 def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
     """All meshes, parts and remat policies for a topology, best first, by our own count alone.
 
-    Those that are expected to fit come first, by time; then the others, by memory.
+    Those that are expected to fit come first, by time; of equally fast ones (within a hundredth) those that
+    need less memory, as the estimate is good within some tens of percent. Then the others, by memory.
+
+    Raises `ConfigError` when no mesh of these devices can share the batch.
     """
     chip, _ = parse_topology(topology)
     devices = len(topology_devices(topology, slices)) // slices
-    found = []
+    found: list[Candidate] = []
+    refused = None
     for tensor in (size for size in (1, 2, 4, 8) if devices % size == 0):
         for fsdp in _divisors(devices // tensor):
             mesh = MeshConfig(devices // tensor // fsdp, fsdp, tensor, slices)
             try:
                 placed = mesh_of(topology, mesh)
                 check_mesh(setup.with_step(micro_batches=1), placed)
-            except ConfigError:
+            except ConfigError as error:
+                refused = error
                 continue
             per_device = setup.config.data.global_batch // (devices * slices // tensor)
             for parts in _divisors(per_device):
@@ -176,7 +189,14 @@ def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
                     parted = setup.with_step(micro_batches=parts, remat=remat)
                     cost = train_cost(parted, placed, kernels=chip.generation is None)
                     found.append(Candidate(mesh, parts, remat, cost, chip))
-    return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else c.cost.memory, c.micro_batches))
+    if refused and not found:
+        raise refused
+    best = min((c.seconds for c in found if c.fits), default=1.0)
+
+    def rank(c: Candidate) -> tuple[float, ...]:
+        return (not c.fits, math.log(c.seconds / best) // 0.01 if c.fits else 0, c.cost.memory)
+
+    return sorted(found, key=rank)
 
 
 def _divisors(number: int) -> list[int]:

@@ -55,7 +55,10 @@ def _speed(plan: Plan, pictures: int | None, price: float | None) -> list[str]:
     for share in UTILISATIONS:
         # a share of the peak in useful operations, but never faster than what bounds it
         seconds = max(plan.cost.useful / plan.chip.flops / share, times[bound])
-        line = f"at {share:.0%} of the peak: {seconds:.2f} s, {plan.pictures / seconds:.1f} pictures/s"
+        line = (
+            f"at {share:.0%} of the peak: {seconds:.2f} s, {plan.pictures / seconds:.1f} pictures/s, "
+            f"{plan.tokens_per_update / seconds:,.0f} tokens/s"
+        )
         if pictures:
             hours = pictures / plan.pictures * seconds / 3600
             line += (
@@ -89,10 +92,9 @@ def inference_text(plan: InferencePlan) -> str:
             f"{times['memory']:>7.3f} s{times['links']:>7.3f} s   {sent / 1e9:.2f} GB"
         )
     if plan.fits:
-        lines.append(
-            f"all of it takes at least {plan.seconds:.2f} s: at most {load.pictures / plan.seconds:.1f} "
-            f"pictures or {rows / plan.seconds:.1f} answers per second and group"
-        )
+        full = ", with answers of full length," if plan.mode == "serve" else ""
+        each = f"{load.pictures / plan.seconds:.1f} pictures or {rows / plan.seconds:.1f} answers per second"
+        lines.append(f"all of it{full} takes at least {plan.seconds:.2f} s: at most {each} and group")
     lines.append(f"compiled in {sum(stage.seconds for stage in plan.stages):.0f} s")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: only what changes, written in the background, and checked when read.
 
     WORKDIR/checkpoints/STEP/state   an Orbax checkpoint of the `TrainState`, by dotted paths
-    WORKDIR/checkpoints/STEP/meta    JSON: data loader's state, configuration, base model, checksums
+    WORKDIR/checkpoints/STEP/meta    JSON: data loader's state, scores, configuration, base model, checksums
 
 A checkpoint appears whole or not at all. The frozen parameters are named by path and fingerprint of their
 model folder. Checksums are of the values and computed where these are: a chunk that went missing, which Zarr
@@ -15,17 +15,18 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from read_jax.errors import CheckpointError, ConfigError
-from read_jax.processes import is_first, wait_for_all
+from read_jax.processes import all_agree, is_first, wait_for_all
 from read_jax.training.config import CheckpointConfig, TrainConfig
 from read_jax.training.step import TrainState
 
@@ -37,11 +38,13 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint. state: on the devices of the template; loader: state of the data."""
+    """A checkpoint. state: on the devices of the template; loader: state of the data; validated: whether what
+    has to be scored after this many updates was."""
 
     step: int
     state: TrainState
     loader: dict[str, Any]
+    validated: bool
 
 
 class Checkpoints:
@@ -57,24 +60,20 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig, identity: Mapping[str, Any], say: Say) -> None:
         self._folder, self._identity, self._say = folder.absolute(), identity, say
-        kept: list[Any] = [policies.LatestN(n=config.keep)]
-        if config.best:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=lambda m: m[config.best], n=1, keep_checkpoints_without_metrics=False
-                )
-            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._best = _Best(config.best, scores_in(self._folder, config.best)) if config.best else None
+        kept = [policies.LatestN(n=config.keep), *([self._best] if self._best else [])]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,  # what a killed run left half written
             enable_async_checkpointing=True,
         )
-        self._folder.mkdir(parents=True, exist_ok=True)
         # what matters is told in words; of a full disk Orbax's threads would write hundreds of lines
         self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(_quiet())
+        self._quiet.enter_context(quiet())
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._saving: int | None = None
+        self._open = True
 
     def tell(self, say: Say) -> None:
         """Tell another from now on."""
@@ -88,8 +87,11 @@ class Checkpoints:
         scores: Mapping[str, float] | None = None,
         *,
         last: bool = False,
+        validated: bool = True,
     ) -> None:
         """Begin to write a checkpoint; unless it is the last, the writing goes on beside the training.
+
+        validated: False where a validation is still due at this point, see `Restored`.
 
         A checkpoint that cannot be written, on a full disk for example, is given up: those before it stay,
         and the training may go on. With `last` it is an error: `CheckpointError`.
@@ -101,6 +103,8 @@ class Checkpoints:
         meta = {
             "step": step,
             "loader": dict(loader),
+            "validated": validated,
+            "scores": {name: float(value) for name, value in (scores or {}).items()},
             "identity": dict(self._identity),
             "checksums": checksums(leaves),
         }
@@ -109,8 +113,10 @@ class Checkpoints:
             leaves = {name: jnp.copy(leaf) for name, leaf in leaves.items()}
         args = ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(leaves), _META: ocp.args.JsonSave(meta)})
         self._saving = step
+        if self._best and scores:
+            self._best.note(step, scores)
         try:
-            self._manager.save(step, args=args, metrics=dict(scores) if scores else None)
+            self._manager.save(step, args=args)
         except Exception as error:  # of whatever kind the storage gives
             self._give_up(error)
         if last:
@@ -124,26 +130,28 @@ class Checkpoints:
 
     def poll(self, wait: bool = False) -> None:
         """See how the writing stands; a failure is told and left behind."""
-        if self._saving is None:
+        if self._saving is None or (not wait and self._manager.is_saving_in_progress()):
             return
         try:
-            if wait:
-                self._manager.wait_until_finished()
+            self._manager.wait_until_finished()  # here, too, it tells what went wrong in the background
             self._manager.check_for_errors()
         except Exception as error:
             self._give_up(error)
-            return
-        if wait or not self._manager.is_saving_in_progress():
-            self._saving = None
+        self._saving = None
 
     def _give_up(self, error: Exception) -> None:
         step, self._saving = self._saving, None
         for partial in self._folder.glob(f"{step}{_PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(self._folder / str(step), ignore_errors=True)  # not complete, whatever is there
         self._manager.reload()
+        if step in self._manager.all_steps():  # it got its name when it was whole
+            self._say(
+                f"the checkpoint after {step} updates is written, but an older one could not be removed "
+                f"({reason(error)})."
+            )
+            return
         self._say(
-            f"the checkpoint after {step} updates could not be written ({_reason(error)}); earlier ones are "
+            f"the checkpoint after {step} updates could not be written ({reason(error)}); earlier ones are "
             "untouched and the training goes on."
         )
 
@@ -154,54 +162,73 @@ class Checkpoints:
             template: a state of the same structure; its arrays' shardings are used.
 
         Raises:
-            CheckpointError: it belongs to another run, naming what differs; or none of them can be read.
+            CheckpointError: it belongs to another run, naming what differs; or none of them can be read; or
+                there is no memory for it, or no permission, which says nothing against the checkpoint.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        broken: list[int] = []
+        broken: dict[int, str] = {}
         for step in steps:
             try:
-                meta = self._read_meta(step)
-                self._check_identity(step, meta["identity"])
-                state = self._read_state(step, template, meta["checksums"])
+                meta, state = self._read(step, template)
                 loader = dict(meta["loader"])
             except CheckpointError:
                 raise
             except Exception as error:  # a damaged file fails in any way
-                self._say(f"the checkpoint after {step} updates is damaged ({_reason(error)}).")
-                broken.append(step)
+                if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise CheckpointError(
+                        f"the checkpoint after {step} updates in {self._folder} cannot be read: "
+                        f"{reason(error)}. It was left as it was."
+                    ) from error
+                self._say(f"the checkpoint after {step} updates is damaged ({reason(error)}).")
+                broken[step] = reason(error)
                 continue
             for number in broken:
                 self._set_aside(number)
             if broken:
                 self._say(f"going on from the one before it, after {step} updates.")
-            return Restored(step, state, loader)
+            return Restored(step, state, loader, meta.get("validated", True))
         if broken:
+            found = "; ".join(f"{step}: {why}" for step, why in broken.items())
             raise CheckpointError(
-                f"none of the checkpoints in {self._folder} can be read ({', '.join(map(str, broken))}). "
-                "Remove the folder to start anew."
+                f"none of the checkpoints in {self._folder} can be read ({found}). They were left as they "
+                "were; without that folder, or with another workdir, the run starts anew."
             )
         return None
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self.poll(wait=True)
-        self._manager.close()
-        self._quiet.close()
+        """Wait for what is being written; closed already, it does nothing."""
+        with self._quiet:
+            self._quiet = contextlib.ExitStack()
+            self.poll(wait=True)
+            if self._open:
+                self._open = False
+                try:
+                    self._manager.close()
+                except Exception as error:  # of whatever kind the storage gives
+                    self._say(f"the checkpoints in {self._folder} could not be closed ({reason(error)}).")
 
-    def _read_meta(self, step: int) -> dict[str, Any]:
-        restored = self._manager.restore(step, args=ocp.args.Composite(**{_META: ocp.args.JsonRestore()}))
-        meta = restored[_META]
-        if meta["step"] != step:
-            raise ValueError(f"it says it is of step {meta['step']}")
-        return meta
-
-    def _read_state(self, step: int, template: TrainState, wanted: Mapping[str, int]) -> TrainState:
-        abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in named_leaves(template).items()
-        }
-        leaves = read_leaves(self._folder / str(step), abstract, wanted)
-        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in abstract])
+    def _read(self, step: int, template: TrainState) -> tuple[dict[str, Any], TrainState]:
+        """(meta, state); every process comes to the same end, whichever of them finds something damaged."""
+        folder, error = self._folder / str(step), None
+        meta: dict[str, Any] = {}
+        leaves: dict[str, jax.Array] = {}
+        try:
+            meta = _read_json(folder)
+            if meta["step"] != step:
+                raise ValueError(f"it says it is of step {meta['step']}")
+            self._check_identity(step, meta["identity"])
+            abstract = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+                for name, leaf in named_leaves(template).items()
+            }
+            leaves = _load_leaves(folder, abstract, meta["checksums"])
+        except Exception as own:
+            error = own
+        if not all_agree(error is None):
+            raise error or ValueError("another process cannot read it")
+        _check_leaves(leaves, meta["checksums"])
+        names = named_leaves(template)
+        return meta, jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in names])
 
     def _check_identity(self, step: int, theirs: Mapping[str, Any]) -> None:
         ours = json.loads(json.dumps(self._identity))
@@ -239,33 +266,84 @@ def read_leaves(
     abstract: those to read, with shape, type and sharding. Raises `ValueError` when one is not what it was,
     and whatever Orbax raises for what it cannot read.
     """
+    leaves = _load_leaves(checkpoint, abstract, wanted)
+    _check_leaves(leaves, wanted)
+    return leaves
+
+
+def _load_leaves(
+    checkpoint: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], wanted: Mapping[str, int]
+) -> dict[str, jax.Array]:
+    """Without a check; no process waits for another, which may have failed."""
     missing = sorted(set(abstract) - set(wanted))
     if missing:
         raise ValueError(f"it has no {missing[0]}")
     target = dict(abstract)
-    with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
-        leaves = checkpointer.restore(
-            checkpoint / _STATE,
-            args=ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
-            ),
-        )
-    found = checksums(leaves)
-    for name in abstract:
-        if found[name] != wanted[name]:
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        with quiet():
+            return handler.restore(
+                epath.Path(checkpoint / _STATE),
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+    finally:
+        handler.close()
+
+
+def _check_leaves(leaves: Mapping[str, jax.Array], wanted: Mapping[str, int]) -> None:
+    for name, found in checksums(leaves).items():
+        if found != wanted[name]:
             raise ValueError(f"{name} is not what was saved")
-    return leaves
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """The JSON of a checkpoint; raises `CheckpointError` when it is damaged."""
     try:
-        with _quiet(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(checkpoint / _META)
+        return _read_json(checkpoint)
     except Exception as error:
-        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {error}") from error
+        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {reason(error)}") from error
+
+
+def _read_json(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _META / "metadata").read_bytes())
+
+
+def scores_in(folder: Path, score: str) -> dict[int, float]:
+    """What each checkpoint in the folder scored, by step; not of those without it, or damaged."""
+    found = {}
+    for checkpoint in folder.glob("*"):
+        if checkpoint.name.isdigit():
+            with contextlib.suppress(CheckpointError):  # told when it is its turn to be read
+                scores = read_meta(checkpoint).get("scores", {})
+                if score in scores:
+                    found[int(checkpoint.name)] = scores[score]
+    return found
+
+
+def best_of(scores: Mapping[int, float]) -> int | None:
+    """The step with the highest score, of equal ones the latest; None of none."""
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+class _Best:
+    """Orbax's policy of what to keep: the checkpoint with the highest score."""
+
+    def __init__(self, score: str, known: dict[int, float]) -> None:
+        self._score, self._known = score, known
+
+    def note(self, step: int, scores: Mapping[str, float]) -> None:
+        """A checkpoint that is about to be written; a validation without masks has no score."""
+        if self._score in scores:
+            self._known[step] = scores[self._score]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = best_of({step: value for step, value in self._known.items() if step in steps})
+        return [step == best for step in steps]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -316,14 +394,14 @@ def _filled(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config  # of another version altogether: compared as it is
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of an error, or what it comes down to."""
     text = str(error).strip() or type(error).__name__
     return "the disk is full" if "No space left" in text else text.splitlines()[0][:300]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Orbax's messages."""
     logger = logging.getLogger("absl")
     before = logger.level

@@ -366,14 +366,15 @@ def _override(data: dict[str, Any], override: str) -> None:
     *sections, key = path.split(".")
     where = "config"
     for section in sections:
-        _check_key(data, section, where)
+        if data:
+            _check_key(data, section, where)
         where = f"{where}.{section}"
-        if data[section] is None:
+        if data.get(section) is None:
             data[section] = {}
         data = data[section]
         if not isinstance(data, dict):
             raise ConfigError(f"{where} is a value, not a section; it has no key {key!r}.")
-    if data:
+    if data:  # a section that was None is checked when it is made
         _check_key(data, key, where)
     value = _value(text)
     data[key] = text if isinstance(data.get(key), str) and value is not None else value

@@ -32,7 +32,6 @@ from read_jax.data.features import (
     FeatureStore,
     ShardWriter,
     import_array_record,
-    only_writer,
     read_index,
     shard_complete,
 )
@@ -40,7 +39,8 @@ from read_jax.data.item import Source
 from read_jax.data.mixture import Mixture
 from read_jax.data.packing import PictureFeatures
 from read_jax.data.pictures import PictureLoader, Pictures
-from read_jax.errors import CheckpointError, ConfigError
+from read_jax.errors import CheckpointError, ConfigError, DataError
+from read_jax.files import only_writer
 from read_jax.models.clip import ClipVision, normalize_clip
 from read_jax.models.sam.image_encoder import ImageEncoder, normalize_sam
 from read_jax.sharding import batch_devices, batch_sharding, make_mesh, on_mesh, parameter_shardings
@@ -118,7 +118,8 @@ def cache(
     model_config = load_record(folder).config
     sources = _sources(mixture)
     card = make_card(config, folder, model_config, sources, shard_bytes)
-    with only_writer(output):
+    busy = DataError(f"another run is filling {output} right now; wait for it.")
+    with only_writer(output, busy):
         if (output / CARD).exists():
             card = _same(Card.load(output), card, output)
         else:

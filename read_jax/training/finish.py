@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from read_jax.errors import CheckpointError
-from read_jax.training.checkpoint import FOLDER, read_leaves, read_meta
+from read_jax.errors import CheckpointError, ConfigError
+from read_jax.training.checkpoint import FOLDER, best_of, quiet, read_leaves, read_meta, reason, scores_in
 from read_jax.training.config import TrainConfig
 from read_jax.weights import store
 from read_jax.weights.checkpoint import (
@@ -31,6 +32,7 @@ def finish(
     output: str | Path,
     *,
     step: int | None = None,
+    best: bool = False,
     average: bool = False,
     dtype: str | None = None,
     base: str | Path | None = None,
@@ -42,6 +44,7 @@ def finish(
         workdir: of the run.
         output: the model folder to make.
         step: updates after which; None: the newest checkpoint.
+        best: the checkpoint that the run kept for its score, `checkpoints.best`.
         average: the moving average of the parameters instead of the last ones.
         dtype: "float32" or "bfloat16"; None: as the base is stored.
         base: where the model folder is now that training started from, if it was moved.
@@ -56,6 +59,11 @@ def finish(
         raise CheckpointError(
             f"{folder} holds no checkpoint {what}; there: {', '.join(map(str, steps)) or 'none'}."
         )
+    if best:
+        score = _kept_for(workdir)
+        step = best_of(scores_in(folder, score))
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {folder} was scored: there is no {score} of any.")
     chosen = folder / str(steps[-1] if step is None else step)
     meta = read_meta(chosen)
     identity = meta["identity"]
@@ -103,6 +111,18 @@ def finish(
     )
 
 
+def _kept_for(workdir: str | Path) -> str:
+    """The score that the run keeps its best checkpoint for."""
+    file = Path(workdir).expanduser() / "config.json"
+    try:
+        config = TrainConfig.from_dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{file} does not tell what the run was: {reason(error)}") from error
+    if config.checkpoints.best is None:
+        raise CheckpointError(f"the run in {workdir} kept no best checkpoint: set checkpoints.best for that.")
+    return config.checkpoints.best
+
+
 def _trained(checkpoint: Path, meta: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
     """The trained leaves by their dotted path in the model."""
     import orbax.checkpoint as ocp
@@ -110,7 +130,7 @@ def _trained(checkpoint: Path, meta: Mapping[str, Any], part: str) -> dict[str, 
     names = [name for name in meta["checksums"] if name.startswith(f"{part}.")]
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             stored = checkpointer.metadata(checkpoint / "state").item_metadata.tree
         abstract = {
             name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=here)
@@ -118,6 +138,5 @@ def _trained(checkpoint: Path, meta: Mapping[str, Any], part: str) -> dict[str, 
         }
         leaves = read_leaves(checkpoint, abstract, meta["checksums"])
     except (ValueError, OSError, KeyError, AttributeError) as error:  # Orbax gives None for what is not there
-        line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {line}") from error
+        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {reason(error)}") from error
     return {name.removeprefix(f"{part}."): np.asarray(leaf) for name, leaf in leaves.items()}

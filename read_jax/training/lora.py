@@ -57,16 +57,3 @@ def add_adapters(llama: Llama, config: LoraConfig, rngs: nnx.Rngs) -> None:
         a = jax.random.uniform(rngs.params(), (layers, inputs, config.rank), jnp.float32, -bound, bound)
         b = jnp.zeros((layers, config.rank, outputs), jnp.float32)
         layer.adapt(a, b, scale=config.scale, dropout=config.dropout)
-
-
-def merge_adapters(llama: Llama) -> None:
-    """Add every adapter to its weight, in float32, and drop it, in place."""
-    for target in TARGETS:
-        layer: Linear = getattr(llama.layers.attn, target)
-        if hasattr(layer, "lora_a"):
-            kernel = layer.kernel[...]
-            update = jnp.einsum(
-                "lir,lro->lio", layer.lora_a[...], layer.lora_b[...], precision=jax.lax.Precision.HIGHEST
-            )
-            layer.kernel[...] = (kernel.astype(jnp.float32) + layer.lora_scale * update).astype(kernel.dtype)
-            del layer.lora_a, layer.lora_b

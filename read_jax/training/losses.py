@@ -160,10 +160,3 @@ def similarity_loss(similarity: Array, share: Array, width: int) -> Array:
     wanted = share / jnp.maximum(total, 1e-6)
     given = jax.nn.log_softmax(similarity / width**0.5, axis=-1)
     return jnp.sum(wanted * (jnp.log(jnp.maximum(wanted, 1e-9)) - given), axis=-1)
-
-
-def mean_over_masks(values: Array, counts: Array, number: Array | None = None) -> Array:
-    """Sum of the values [R] of the rows that count (bool [R]) over their number (or `number`)."""
-    weights = counts.astype(jnp.float32)
-    number = jnp.sum(weights) if number is None else number
-    return jnp.sum(values * weights) / (number + COUNT_EPS)

@@ -114,6 +114,13 @@ class Forward(NamedTuple):
     states: Array
 
 
+class Turns(NamedTuple):
+    """How `map_pictures` takes the pictures: its last two arguments."""
+
+    abreast: int
+    recompute: bool
+
+
 class PictureMasks(NamedTuple):
     """The masks of one picture's questions.
 
@@ -193,9 +200,9 @@ def objective(
     out = forward(
         model, batch, prefix_ids, image_start, features=features, dropout_key=dropout_key, remat=remat
     )
-    targets, turns = targets_of(batch), _Turns(abreast, remat is not False)
+    targets, turns = targets_of(batch), Turns(abreast, remat is not False)
     bce = dice = focal = similarity = first_token = jnp.float32(0)
-    ce = _text_loss_sum(model, out.states, targets, turns) / jnp.maximum(counts.tokens, 1.0)
+    ce = text_loss(model, out.states, batch, counts, turns)
     if weights.first_token:
         affirmed = jnp.asarray(batch.exists)[..., None]
         for chosen, number in (affirmed, counts.answers - counts.denials), (~affirmed, counts.denials):
@@ -212,6 +219,14 @@ def objective(
         w * x if w else jnp.float32(0) for w, x in zip(dataclasses.astuple(weights), losses, strict=True)
     ]
     return Losses(jnp.sum(jnp.stack(parts)), *parts)
+
+
+def text_loss(model: Read, states: Array, batch: Batch, counts: Counts, turns: Turns) -> Array:
+    """The mean cross-entropy of the answers' tokens, a float32 scalar.
+
+    states: [B, Q, T, D], final ones of the questions' tokens; counts: see `objective`.
+    """
+    return _text_loss_sum(model, states, targets_of(batch), turns) / jnp.maximum(counts.tokens, 1.0)
 
 
 def map_pictures(function: Callable[[Any], Any], xs: Any, abreast: int = 1, recompute: bool = True) -> Any:
@@ -278,14 +293,7 @@ def _compared_states(out: Forward, batch: Batch, image_start: int) -> tuple[Arra
     return seg_states, out.prefix_states[:, image_start : image_start + tokens]
 
 
-class _Turns(NamedTuple):
-    """How `map_pictures` takes the pictures."""
-
-    abreast: int
-    recompute: bool
-
-
-def _text_loss_sum(model: Read, states: Array, targets: Array, turns: _Turns) -> Array:
+def _text_loss_sum(model: Read, states: Array, targets: Array, turns: Turns) -> Array:
     """Summed cross-entropy of the targets [B, Q, T - 1] of states [B, Q, T, D]."""
 
     def of_picture(args: tuple[Array, Array]) -> Array:
@@ -306,7 +314,7 @@ def _similarity_loss_sum(model: Read, out: Forward, batch: Batch, image_start: i
     return jnp.sum(jnp.where(batch.has_mask & batch.valid[:, None], per_mask, 0.0))
 
 
-def _mask_loss_sums(model: Read, out: Forward, batch: Batch, image_start: int, turns: _Turns) -> MaskLosses:
+def _mask_loss_sums(model: Read, out: Forward, batch: Batch, image_start: int, turns: Turns) -> MaskLosses:
     """Sums of the mask losses over the rows that have a mask."""
     masks_of, pictures = picture_masks(model, out, batch, image_start)
 

@@ -21,7 +21,7 @@ from read_jax.data.pipeline import TrainingLoader
 from read_jax.data.prompts import templates_named
 from read_jax.data.sources import load_source
 from read_jax.errors import ConfigError
-from read_jax.processes import from_equals, is_first, share_of_rows, together, wait_for_all
+from read_jax.processes import batch_shares, check_shared, from_equals, is_first, together, wait_for_all
 from read_jax.sharding import (
     batch_devices,
     batch_sharding,
@@ -59,9 +59,9 @@ class Run:
 
     model_config: the architecture, with the run's point settings. frozen: parameters that stay. step: gives,
     for the number of updates done, the compiled function (state, frozen, batch) -> (state, metrics), which
-    reuses the state's memory. loader: of the training data. sharding: of a batch's arrays. validator: None
-    without validation. prefix_ids: tokens before every question. identity: what a checkpoint belongs to.
-    description: in words.
+    reuses the state's memory. loader: of the training data. sharding: of a batch's arrays. shares: into which
+    the processes divide a batch. validator: None without validation. prefix_ids: tokens before every
+    question. identity: what a checkpoint belongs to. description: in words.
     """
 
     model_config: ReadConfig
@@ -69,6 +69,7 @@ class Run:
     step: Callable[[int], Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]]
     loader: TrainingLoader
     sharding: NamedSharding
+    shares: int
     validator: Validator | None
     prefix_ids: np.ndarray
     identity: dict[str, Any]
@@ -140,13 +141,13 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
             limit=config.validation.limit,
             pictures=config.validation.pictures,
         )
-    index, hosts = share_of_rows(shared, config.data.global_batch)
+    share = batch_shares(shared)[jax.process_index()]
     loader = TrainingLoader(
         mixture,
         packer,
         config.data.global_batch,
-        host_index=index,
-        host_count=hosts,
+        host_index=share.index,
+        host_count=share.count,
         workers=config.data.workers,
         buffer=config.data.buffer,
         max_bad_share=config.data.max_bad_share,
@@ -159,6 +160,7 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
         step=lambda updates: early if updates < config.masks_from else whole,
         loader=loader,
         sharding=shared,
+        shares=share.count,
         validator=validator,
         prefix_ids=packer.prefix_ids,
         identity={
@@ -178,7 +180,10 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
 
 
 def check_shares(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raise `ConfigError` when the devices of a mesh cannot share every part of a batch evenly."""
+    """Raise `ConfigError` when the devices of a mesh cannot share every part of a batch evenly, or its
+    processes the making of it."""
+    if isinstance(mesh, Mesh):
+        batch_shares(batch_sharding(mesh))
     pictures, parts, abreast = config.data.global_batch, config.step.micro_batches, batch_devices(mesh)
     if pictures % (parts * abreast) == 0:
         return
@@ -236,6 +241,7 @@ def base_model(config: TrainConfig, mixture: Mixture, workdir: Path) -> tuple[Pa
         raise ConfigError("start names no model folder: set start.model (or start.scratch, a new model).")
     folder = model_folder(start.model).absolute() if start.model else workdir / START
     workdir.mkdir(parents=True, exist_ok=True)
+    check_shared(workdir)
     if start.scratch is not None and is_first() and not folder.exists():
         write_scratch(folder, start, mixture, config.data.template, workers=config.data.workers)
     wait_for_all("the model to start from")

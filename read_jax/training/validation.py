@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,23 +14,24 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from PIL import Image
+from tqdm import tqdm
 
 from read_jax.data.item import Compat, Item, Source
 from read_jax.data.packing import Batch, Packer
 from read_jax.data.pipeline import EvaluationLoader
 from read_jax.evaluation.metrics import MaskCounts, SegmentationMetrics
 from read_jax.images.drawing import draw_comparison, draw_similarity
-from read_jax.processes import from_equals, several, together
+from read_jax.processes import from_equals, is_first, several, together
 from read_jax.sharding import on_mesh, replicated
 from read_jax.training.objective import (
-    LossWeights,
+    Turns,
     count,
     first_tokens,
     forward,
     map_pictures,
-    objective,
     picture_masks,
     targets_of,
+    text_loss,
 )
 
 Array = jax.Array
@@ -131,35 +134,35 @@ class Validator:
 
             states, targets = out.states[:, :, :-1], first_tokens(targets_of(batch))
             begun = map_pictures(begun_rightly, (states, targets), abreast)
-            text_only = LossWeights().without_masks()
-            losses = objective(
-                model,
-                batch,
-                count(batch),
-                prefix_ids,
-                image_start,
-                text_only,
-                features=out.features,
-                abreast=abreast,
-            )
+            ce = text_loss(model, out.states, batch, count(batch), Turns(abreast, recompute=False))
             counts, masks, points, labels, similarity = map_pictures(of_picture, parts, abreast)
-            return Scored(counts, masks, points, labels, similarity, losses.ce, begun)
+            return Scored(counts, masks, points, labels, similarity, ce, begun)
 
         # every process makes the whole of the batch, and gets the whole of the answer
         whole = replicated(sharding.mesh) if several() else None
         self._score = together(jax.jit(on_mesh(score, sharding.mesh), out_shardings=whole))
 
-    def __call__(self, params: Any, frozen: Any) -> tuple[dict[str, float], list[Picture]]:
-        """(scores, pictures).
+    def __call__(
+        self, params: Any, frozen: Any, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, float], list[Picture]] | None:
+        """(scores, pictures), or None when `stop`, which is asked before every batch, said so.
 
         Scores are gIoU and cIoU, the loss of the answers' texts ("ce"), the share of answers that the model
         would begin as given, so whether it affirms or denies ("first_token_accuracy"), and how many masks
-        were scored.
+        were scored ("masks"); where pictures could not be used, also how many ("unusable").
+
+        Raises `DataError` when these are too many.
         """
         metrics = SegmentationMetrics()
         texts, tokens, begun, answers, pictures = 0.0, 0, 0, 0, []
         self._loader.restore(self._start)
-        for host in self._loader:
+        shown = None if is_first() else True  # on a terminal
+        bar = tqdm(self._loader, "validating", len(self._loader), leave=False, file=sys.stderr, disable=shown)
+        for host in bar:
+            if stop():
+                bar.close()
+                self._loader.close()
+                return None
             arrays = host.arrays
             scored = self._score(params, frozen, from_equals(self._sharding, arrays))
             kept = arrays.has_mask & arrays.valid[:, None]
@@ -176,6 +179,8 @@ class Validator:
         result = metrics.result()
         scores = {name: float(result[name]) for name in ("giou", "ciou") if result[name] is not None}
         scores |= {"ce": texts / max(tokens, 1), "first_token_accuracy": begun / max(answers, 1)}
+        if self._loader.skipped_count:
+            scores["unusable"] = float(self._loader.skipped_count)
         return scores | {"masks": result["masks"]}, pictures
 
     def close(self) -> None:

@@ -1,11 +1,13 @@
 """Questions behind their picture's shared prefix, against one whole sequence per question: cost of gradients.
 
     python -m tests.benchmarks.packing [--questions 3] [--rounds 7] [--model small | read-7b | read-13b]
+    python -m tests.benchmarks.packing --model read-7b --run --remat True    # on a device that holds it
 
 FLOPs are the compiler's own count of the program for losses and gradients, with every scan unrolled, since
 it counts the body of a loop once. For `small`, which keeps the paper's lengths (576 image tokens, 64 of a
 question), of the optimised program, and the two are timed in turns. The published sizes are only lowered,
-never compiled or run: abstract shapes, and the count before optimisation.
+never compiled or run: abstract shapes, and the count before optimisation. With `--run` they are not counted
+but timed, in bfloat16 and with random weights.
 
 The encoders are left out: they run once per picture in both.
 """
@@ -24,12 +26,11 @@ import numpy as np
 from flax import nnx
 
 from read_jax.config import ClipVisionConfig, LlamaConfig, ReadConfig, SamConfig
-from read_jax.data.packing import Limits, batch_examples
-from read_jax.geometry import image_geometry, stack_geometries
-from read_jax.models.read import ImageFeatures, Read
+from read_jax.models.read import Read
 from read_jax.training.lora import LoraConfig, add_adapters
 from read_jax.training.objective import LossWeights
 from read_jax.training.step import StepConfig, make_gradients, split_model
+from tests.benchmarks.made_up import example, features_of, filled
 from tests.training.tiny import separate
 
 SMALL = ReadConfig(
@@ -50,37 +51,6 @@ SMALL = ReadConfig(
     prompt_dim=64,
 )
 PREFIX, TOKENS, IMAGE_START = 610, 64, 32
-
-
-def example(config: ReadConfig, pictures: int, questions: int) -> Any:
-    """A full batch: every question has its tokens and its mask."""
-    limits = Limits(questions, TOKENS, (256, 256))
-    batch = batch_examples([None] * pictures, config, limits)
-    random = np.random.default_rng(0)
-    ids = random.integers(3, config.llama.vocab_size, batch.question_ids.shape).astype(np.int32)
-    geometry = image_geometry(256, 256, config.sasp, config.clip.grid_size, config.sam.image_size)
-    return batch._replace(
-        question_ids=ids,
-        labels=np.where(np.arange(TOKENS) >= TOKENS - 16, ids, -100).astype(np.int32),
-        lengths=np.full_like(batch.lengths, TOKENS),
-        seg_at=np.full_like(batch.seg_at, TOKENS - 4),
-        has_mask=np.ones_like(batch.has_mask),
-        masks=(random.random(batch.masks.shape) < 0.2).astype(np.uint8),
-        mask_size=np.full_like(batch.mask_size, 256),
-        geometry=stack_geometries([geometry] * pictures),
-        valid=np.ones_like(batch.valid),
-    )
-
-
-def features_of(config: ReadConfig, pictures: int) -> ImageFeatures:
-    """What the encoders would have said, abstract."""
-    n, dtype = config.clip.num_image_tokens, jnp.float32
-    grid = config.sam.grid_size
-    return ImageFeatures(
-        jax.ShapeDtypeStruct((pictures, n, config.clip.hidden_size), dtype),
-        jax.ShapeDtypeStruct((pictures, n, config.llama.hidden_size), dtype),
-        jax.ShapeDtypeStruct((pictures, grid, grid, config.sam.out_chans), dtype),
-    )
 
 
 def unrolled_map(function: Any, xs: Any, **_: Any) -> Any:
@@ -110,40 +80,49 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--run", action="store_true", help="time a published size too, and count nothing")
+    parser.add_argument("--remat", default="False", choices=("True", "dots", "False"))
     options = parser.parse_args()
     small = options.model == "small"
+    kind = jnp.float32 if small else jnp.bfloat16
     config = SMALL if small else ReadConfig.preset(options.model)
 
     def make() -> Read:
-        model = Read(config, rngs=nnx.Rngs(0))
+        model = Read(config, dtype=kind, param_dtype=kind, rngs=nnx.Rngs(0))
         add_adapters(model.llama, LoraConfig(dropout=0.0), nnx.Rngs(1))
         return model
 
     graphdef, params, frozen = split_model(make() if small else nnx.eval_shape(make))
+    remat: Any = {"True": True, "False": False}.get(options.remat, options.remat)
     gradients = make_gradients(
-        graphdef, np.zeros(PREFIX, np.int32), IMAGE_START, LossWeights(), StepConfig(remat=False)
+        graphdef, np.zeros(PREFIX, np.int32), IMAGE_START, LossWeights(), StepConfig(remat=remat)
     )
 
     def run(params: Any, frozen: Any, batch: Any, features: Any) -> Any:
         return gradients(params, frozen, batch, jax.random.key(0), features)
 
-    packed = example(config, options.pictures, options.questions)
+    packed = example(config, options.pictures, options.questions, TOKENS)
     alone = separate(packed)
     forms = {
-        "packed": (packed, features_of(config, options.pictures)),
-        "separate": (alone, features_of(config, options.pictures * options.questions)),
+        "packed": (packed, features_of(config, options.pictures, kind)),
+        "separate": (alone, features_of(config, options.pictures * options.questions, kind)),
     }
-    counts = {name: count_flops(run, (params, frozen, *form), small) for name, form in forms.items()}
-    for name, flops in counts.items():
-        print(f"{name:9} {flops / 1e12:10.4f} TFLOP per batch of {options.pictures} x {options.questions}")
-    print(f"packed / separate: {counts['packed'] / counts['separate']:.3f}")
+    if not options.run:
+        counts = {name: count_flops(run, (params, frozen, *form), small) for name, form in forms.items()}
+        for name, flops in counts.items():
+            print(
+                f"{name:9} {flops / 1e12:10.4f} TFLOP per batch of {options.pictures} x {options.questions}"
+            )
+        print(f"packed / separate: {counts['packed'] / counts['separate']:.3f}")
+        if not small:
+            return
     if not small:
-        return
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    params, frozen = filled(params), filled(frozen)
 
     compiled, inputs, times = {}, {}, {name: [] for name in forms}
     for name, (batch, features) in forms.items():
-        known = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape, x.dtype), features)
-        inputs[name] = jax.device_put((params, frozen, batch, known))
+        inputs[name] = (params, frozen, *jax.device_put((batch, filled(features))))
         compiled[name] = jax.jit(run).lower(*inputs[name]).compile()
     for _ in range(options.rounds + 1):
         for name, program in compiled.items():

@@ -397,6 +397,15 @@ def test_too_many_damaged_pictures_stop_an_evaluation():
         list(EvaluationLoader(several(bad=frozenset({1, 2})), PACKER, 3, max_bad_share=0.2))
 
 
+def test_what_could_not_be_used_is_counted_anew_in_every_evaluation():
+    batches = EvaluationLoader(several(bad=frozenset({2})), PACKER, 3, max_bad_share=0.2)
+    start = batches.state()
+    for _ in range(4):
+        batches.restore(start)
+        assert len(list(batches)) == len(batches)
+        assert batches.skipped_count == 1
+
+
 def test_a_state_of_another_source_is_refused():
     state = EvaluationLoader(several(), PACKER, 2).state()
     with pytest.raises(DataError, match="pictures was 7 and is 6"):

@@ -46,12 +46,26 @@ def test_numbers_and_pictures_go_to_all_places(tmp_path):
     assert b"train/total" in content and b"validation/giou" in content and b"scenes_val_0" in content
 
 
+def test_a_full_disk_costs_no_line_and_is_told_once(tmp_path, capsys):
+    log = RunLog(tmp_path, LogConfig(tensorboard=False), 0, 2, {})
+    full = open("/dev/full", "a")  # noqa: SIM115
+    log._examples, whole = full, log._examples
+    log.used(1, ["a"])
+    log.used(2, ["b"])
+    log.train(1, {"total": 2.5})
+    log.close()
+    assert capsys.readouterr().err.count("cannot be written (No space left on device)") == 1
+    assert lines(tmp_path / METRICS) == [{"step": 1, "total": 2.5}]
+    whole.close()
+
+
 def test_weights_and_biases_get_the_numbers_and_a_run_that_goes_on_is_the_same_one(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for start in (0, 1):
         log = RunLog(tmp_path, LogConfig(tensorboard=False, wandb="read"), start, 2, {"seed": 7})
         log.train(start + 1, {"total": 0.5})
+        log.validation(start + 1, {"giou": 0.5}, [Picture("scenes_val_0", np.zeros((4, 6, 3), np.uint8))])
         log.close()
         time.sleep(1.1)  # its folders are told apart by the second
     name = (tmp_path / "wandb_id.txt").read_text()
@@ -62,6 +76,7 @@ def test_weights_and_biases_get_the_numbers_and_a_run_that_goes_on_is_the_same_o
         while not any(b"train/total" in file.read_bytes() for file in part.glob("*.wandb")):
             assert time.monotonic() < deadline, part
             time.sleep(0.1)
+        assert list(part.rglob("scenes_val_0*.png"))
 
 
 def test_weights_and_biases_must_be_installed_when_asked_for(tmp_path, monkeypatch):

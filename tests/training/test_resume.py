@@ -11,10 +11,10 @@ import time
 
 import pytest
 
+from read_jax.errors import AGAIN
 from read_jax.training.checkpoint import FOLDER
 from read_jax.training.config import load_config
 from read_jax.training.logs import EXAMPLES, METRICS
-from read_jax.training.loop import AGAIN
 from read_jax.training.run import base_model, make_mixture
 from tests.training.tiny_run import PATIENCE, Process, lines, results, write_recipe
 

@@ -1,0 +1,100 @@
+"""The model folder that a checkpoint becomes: adapters merged by their formula, and which is taken."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from read_jax.errors import CheckpointError
+from read_jax.training.checkpoint import FOLDER, Checkpoints
+from read_jax.training.config import CheckpointConfig, StartConfig, TrainConfig, ValidationConfig
+from read_jax.training.finish import finish
+from read_jax.training.lora import LoraConfig
+from read_jax.training.step import TrainState
+from read_jax.weights.checkpoint import PARAMS, load_record
+from read_jax.weights.store import read_slice
+from tests.training.tiny import write_model
+
+LORA = LoraConfig(rank=3, alpha=5.0, targets=("q_proj",))
+KERNEL = "llama.layers.attn.q_proj.kernel"
+NORM = "llama.norm.scale"
+GIOU = {1: 0.2, 2: 0.6, 3: 0.4}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder of the start, folder of the run, adapters by update): one checkpoint after each of three."""
+    folder = tmp_path_factory.mktemp("finish")
+    start = write_model(folder)
+    config = TrainConfig(
+        start=StartConfig(model=str(start)),
+        lora=LORA,
+        validation=ValidationConfig("scenes|val", every=1),
+        checkpoints=CheckpointConfig(1, 3, "giou"),
+    )
+    fingerprint = load_record(start).fingerprint
+    identity = {"config": config.trajectory(), "base": {"path": str(start), "fingerprint": fingerprint}}
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text(json.dumps(config.to_dict()))
+    checkpoints = Checkpoints(folder / "run" / FOLDER, config.checkpoints, identity, print)
+    layers, inputs, outputs = kernel(start).shape
+    adapters = {}
+    for step, giou in GIOU.items():
+        a, b = (
+            jax.random.normal(jax.random.key(2 * step + i), shape)
+            for i, shape in enumerate([(layers, inputs, LORA.rank), (layers, LORA.rank, outputs)])
+        )
+        adapters[step] = np.asarray(a), np.asarray(b)
+        params = {"llama": {"layers": {"attn": {"q_proj": {"lora_a": a, "lora_b": b}}}}}
+        state = TrainState(jnp.int32(step), params, (), jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
+        checkpoints.save(step, state, {"step": step}, {"giou": giou}, last=True)
+    checkpoints.close()
+    return start, folder / "run", adapters
+
+
+def kernel(folder):
+    layers = load_record(folder).config.llama.num_layers
+    return np.stack([read_slice(folder / PARAMS, KERNEL, layer) for layer in range(layers)])
+
+
+def assert_merged(folder, start, adapters):
+    a, b = (x.astype(np.float64) for x in adapters)
+    wanted = kernel(start).astype(np.float64) + LORA.alpha / LORA.rank * np.einsum("lir,lro->lio", a, b)
+    np.testing.assert_allclose(kernel(folder), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_newest_checkpoints_adapters_are_added_to_their_weights(run, tmp_path):
+    start, workdir, adapters = run
+    record = finish(workdir, tmp_path / "model")
+    assert record.source["trained_updates"] == 3
+    assert_merged(tmp_path / "model", start, adapters[3])
+    others = [read_slice(folder / PARAMS, NORM, None) for folder in (tmp_path / "model", start)]
+    np.testing.assert_array_equal(*others)
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_score(run, tmp_path):
+    start, workdir, adapters = run
+    assert finish(workdir, tmp_path / "model", best=True).source["trained_updates"] == 2
+    assert_merged(tmp_path / "model", start, adapters[2])
+
+
+def test_adapters_of_zero_change_nothing(run, tmp_path):
+    start, workdir, _ = run
+    finish(workdir, tmp_path / "model", average=True)
+    np.testing.assert_array_equal(kernel(tmp_path / "model"), kernel(start))
+
+
+def test_a_run_that_kept_no_best_checkpoint_says_so(run, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / FOLDER).symlink_to(run[1] / FOLDER)
+    with pytest.raises(CheckpointError, match="does not tell what the run was"):
+        finish(workdir, tmp_path / "model", best=True)
+    (workdir / "config.json").write_text(json.dumps(TrainConfig().to_dict()))
+    with pytest.raises(CheckpointError, match=r"set checkpoints\.best"):
+        finish(workdir, tmp_path / "model", best=True)
+    assert not (tmp_path / "model").exists()
