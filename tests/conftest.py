@@ -21,6 +21,8 @@ settings.load_profile("repeatable")
 
 HOURS = 2 * 3600
 """Seconds that a slow test may take."""
+LONGEST = {"test_resume", "test_goldens", "test_meshes", "test_step", "test_processes", "test_tiny_model"}
+"""Files that take minutes: begun last, one of them would keep one process busy while the others wait."""
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 _made: list[str] = []
 
@@ -43,9 +45,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(_made.pop(), ignore_errors=True)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> None:
+    """Files are handed out in the order below: xdist would begin with those of most tests, not the longest."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests have hours, the others what pyproject.toml says; the longest files come first."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, "training" not in item.path.parts))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(HOURS))
