@@ -1,8 +1,8 @@
 """What Similarity as Points is worth to the nano model: its masks learned anew, in a few hundred updates.
 
 `tests/benchmarks/ablation.py` runs it with points off, at whole cells, and moved to their expectation, three
-seeds each, from a nano model that answers but has not yet learned to draw masks: `start.model` names it. (The
-shipped one, which stands there otherwise, draws them already.)
+seeds each, from a nano model that answers and points but whose mask decoder, prompt encoder and projection
+are new: `start.model` names it. (The shipped one, which stands there otherwise, draws its masks already.)
 
 Expected: no score is known yet.
 """

@@ -10,6 +10,7 @@
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
 
+[[ ${1:-} == -h || ${1:-} == --help ]] && help
 [[ $# -ge 3 ]] || fail 'needs BUCKET, RESTARTS and the arguments of read-jax'
 bucket=$1 restarts=$2
 shift 2

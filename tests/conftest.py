@@ -47,7 +47,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config) -> None:
-    """Files are handed out in the order below: xdist would begin with those of most tests, not the longest."""
+    """Files are handed out in the order below: xdist would begin with the most tests, not the longest."""
     config.option.loadscopereorder = False
 
 

@@ -54,13 +54,10 @@ def test_shellcheck_finds_nothing():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_begins_with_its_help(script):
-    if script == "worker.sh":
-        assert "launch/worker.sh BUCKET RESTARTS" in (LAUNCH / script).read_text()
-        return
     done = launch(script, "--help")
     assert done.returncode == 0
     assert f"launch/{script} " in done.stdout
-    assert "--dry-run" in done.stdout
+    assert "--dry-run" in done.stdout or script == "worker.sh"  # whose arguments are read-jax's
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from read_jax.evaluation.compare import check_comparable, compare
     from read_jax.evaluation.runner import evaluate
     from read_jax.evaluation.tables import terminal_text
+    from read_jax.processes import is_first
     from read_jax.weights.folders import terminate_politely
 
     if arguments.compare:
@@ -114,6 +115,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             overwrite=arguments.overwrite,
             progress=advance,
         )
-    print(terminal_text(result))
-    if arguments.compare:
-        print(compare(arguments.output, arguments.compare))
+    if is_first():
+        print(terminal_text(result))
+        if arguments.compare:
+            print(compare(arguments.output, arguments.compare))

@@ -75,7 +75,7 @@ def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True) -> Cost:
         }
     done = useful / (abreast * tensor) + again[config.step.remat]
     state, frozen = (bytes_per_device(x) for x in (abstract_state(setup, mesh), placed(setup.frozen, mesh)))
-    moved = config.step.micro_batches * _bytes_of_part(config, model, sizes, tensor)
+    moved = config.step.micro_batches * _bytes_of_part(config, model, sizes, mesh)
     # of the update: parameters, gradients and moments, each read and written
     return Cost(
         useful / (abreast * tensor),
@@ -85,13 +85,13 @@ def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True) -> Cost:
     )
 
 
-def _bytes_of_part(config: TrainConfig, model: ReadConfig, sizes: _Sizes, tensor: int) -> float:
+def _bytes_of_part(config: TrainConfig, model: ReadConfig, sizes: _Sizes, mesh: Mesh) -> float:
     """Forward and backward of one micro-batch."""
-    llama, item = model.llama, 4 if config.dtype == "float32" else 2
+    llama, item, tensor = model.llama, 4 if config.dtype == "float32" else 2, mesh.shape[TENSOR]
     passes = 3 if config.step.remat is True else 2
     weights = item * llama_weights(llama) / tensor
     # gathered weights are written before they are read
-    total = passes * weights * 2
+    total = passes * weights * (2 if mesh.shape[FSDP] > 1 else 1)
     wide = 10 * llama.hidden_size + 6 * llama.intermediate_size / tensor
     total += (passes + 1) * item * llama.num_layers * sizes.tokens * wide
     total += (passes + 1) * 2 * llama.num_layers * _scores(model, sizes, tensor)

@@ -17,6 +17,12 @@ from typing import Any
 
 RECIPES = {"7b": "read_7b_reasonseg", "13b": "read_13b_reasonseg"}
 MACHINES = (("v5e:4x4", 1), ("v5e:16x16", 1), ("v6e:4x4", 1), ("v5p:2x2x4", 1), ("v5e:4x4", 2))
+GROWN = {  # READ-7B's step, with more of one thing or less
+    "4 chips": ("v5e:2x2", 4, []),
+    "1 question": ("v5e:4x4", 16, ["data.questions=1"]),
+    "10 questions": ("v5e:4x4", 16, ["data.questions=10"]),
+    "512 tokens": ("v5e:4x4", 16, ["data.tokens=512"]),
+}
 GROUPS = {"v5e:4x4": 4, "v6e:4x4": 1, "v5p:2x2x4": 1}
 GIB = 2**30
 
@@ -40,6 +46,12 @@ def cases() -> dict[str, list[str]]:
                 found[f"{mode} {size} {machine}"] = [
                     *(mode, "--config", recipe, "--topology", machine, "--mesh", f"tensor={group}"),
                 ]
+    for what, (machine, chips, changes) in GROWN.items():
+        found[f"train 7b {what}"] = [
+            *("train", "--config", RECIPES["7b"], "--topology", machine),
+            *("--mesh", f"fsdp={chips}", "--batch", str(chips), "--config.step.micro_batches=1"),
+            *(f"--config.{change}" for change in changes),
+        ]
     return found
 
 
