@@ -23,6 +23,7 @@ from tests.models.parameters import assert_close
 from tests.models.sasp_reference import normalised_grid, padded, padding, thresholds
 from tests.weights.synthetic import Sizes, moderate, write_clip, write_read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 QUESTION, ANSWER = "where is the red fox in the picture?", "sure, it is [SEG] beside the house."
 TWO_MASKS = "sure, it is [SEG] beside [SEG]."
 NEW_TOKENS = 8

@@ -23,6 +23,8 @@ from read_jax.models.attention import attention, packed_attention
 from read_jax.models.kernels import LANES, Packed, padded_size, splash_attention
 from tests.models.parameters import assert_close
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def draw(tokens: int, heads: int, groups: int, size: int, values: int, batch: int = 2, dtype="float32"):
     """Queries, keys and values of self-attention, and weights for a sum of the results."""

@@ -102,6 +102,7 @@ def make_trained(folder, recorded, packed):
     )
     features = encode(model)
     graphdef, params, frozen = split_model(model)
+    params = jax.device_put(params, jax.devices()[0])  # as updates leave them: nothing is compiled again
     config = StepConfig(remat=False)
     gradients = jax.jit(
         make_gradients(graphdef, packer.prefix_ids, packer.image_start, LossWeights(), config)
