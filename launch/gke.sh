@@ -50,9 +50,9 @@ start() {
     require --restarts "$restarts" '[0-9]+' 'a number'
     on_cluster
     of_type
-    # 75: told to stop, it has saved; machines that are taken away come back
+    # 75: told to stop, it has saved; 69 and 134: it lost another process; machines taken away come back
     run xpk workload create "${where[@]}" --workload "$name" --docker-image "$image" \
-        --max-restarts "$restarts" --restart-on-exit-codes 75 --termination-grace-period-seconds 300 \
+        --max-restarts "$restarts" --restart-on-exit-codes 75,69,134 --termination-grace-period-seconds 300 \
         --command "$(show read-jax "$@" --distributed)"
 }
 

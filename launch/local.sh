@@ -86,8 +86,9 @@ attempt() {
 
 for ((try = 0; ; try++)); do
     attempt "${arguments[@]}"
-    if ((status == 0 || status == 75 || try == restarts)) || $told; then
-        exit "$status"
-    fi
+    case $status in
+        0 | 1 | 2 | 75) exit "$status" ;; # done, told what is wrong, or told to stop
+    esac
+    if $told || ((try == restarts)); then exit "$status"; fi
     echo "$ME: beginning again ($((try + 1)) of $restarts)" >&2
 done

@@ -16,16 +16,19 @@ from read_jax.commands.plan import add_plan
 from read_jax.commands.segment import add_segment
 from read_jax.commands.train import add_cache, add_merge, add_train
 from read_jax.commands.weights import add_convert, add_export, add_inspect
-from read_jax.errors import AGAIN, ReadJaxError
+from read_jax.errors import AGAIN, BROKEN, ReadJaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
+    """Run the command line; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted).
+
+    One of several processes also ends with `BROKEN`, when it lost another or fails in an unknown way.
+    """
     try:
         status = _main(argv)
     except BaseException as error:
         if not isinstance(error, SystemExit):
-            _leave_the_job(1, error)
+            _leave_the_job(BROKEN, error)  # networks fail in many ways when another process dies
         elif error.code:
             _leave_the_job(error.code if isinstance(error.code, int) else 1)
         raise
@@ -50,7 +53,7 @@ def _main(argv: Sequence[str] | None) -> int:
         status = arguments.run(arguments)
         sys.stdout.flush()
     except ReadJaxError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.status)
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -69,10 +72,10 @@ def _main(argv: Sequence[str] | None) -> int:
     return status or 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 1) -> int:
     """One plain line on standard error, whatever the message holds; the exit status."""
     print(f"read-jax: error: {' '.join(message.split())}", file=sys.stderr)
-    return 1
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,9 +3,18 @@
 AGAIN = 75
 """Exit status of a run that was told to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
 
+BROKEN = 69
+"""Exit status of one of several processes that lost another: start the job again (EX_UNAVAILABLE)."""
+
 
 class ReadJaxError(ValueError):
-    """Base of every error that bad input causes; the command line prints it without a traceback."""
+    """Base of every error that bad input causes; the command line prints it without a traceback.
+
+    Attributes:
+        status: the exit status that the command line ends with.
+    """
+
+    status = 1
 
 
 class ConfigError(ReadJaxError):
@@ -26,3 +35,9 @@ class CheckpointError(ReadJaxError):
 
 class DataError(ReadJaxError):
     """A dataset, one of its files or records, or a dataset's name is missing, unknown or malformed."""
+
+
+class LostProcessError(ReadJaxError):
+    """Another process of the same job has died, or the network to it."""
+
+    status = BROKEN

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from read_jax.errors import ConfigError, ReadJaxError
+from read_jax.errors import ConfigError, LostProcessError, ReadJaxError
 
 _joined = False
 _WAITS = itertools.count()  # a barrier's name must be new; all processes count alike
@@ -161,14 +161,24 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str, seconds: int = 24 * 3600) -> None:
-    """Go on when every process has come here; what: it is waited for, in words."""
+    """Go on when every process has come here; what: it is waited for, in words.
+
+    Raises `LostProcessError` when one of them is heard of no more, or does not come in so many seconds.
+    """
     if several():
         from orbax.checkpoint import multihost
 
         # by way of the coordinator, not of the devices: their networks give up on a late one within seconds
         barrier = multihost.get_barrier_sync_fn()
         assert barrier is not None
-        barrier(key=f"{what} {next(_WAITS)}", timeout_ms=1000 * seconds)
+        try:
+            barrier(key=f"{what} {next(_WAITS)}", timeout_ms=1000 * seconds)
+        except jax.errors.JaxRuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise LostProcessError(
+                f"another process of this job has died, or is heard of no more ({why}). "
+                "Start the job again: it goes on where it was."
+            ) from error
 
 
 class Share(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def test_a_job_of_which_one_process_dies_ends_and_goes_on_as_one_process_to_the_
     first, second = jobs.train("two", *WITHOUT_MASKS)
     first.wait_for(lambda: (workdir / FOLDER / str(EVERY) / "meta").exists())
     second.kill()
-    assert first.end(MINUTE) != 0
+    assert first.end(MINUTE) not in (0, 1, 2, AGAIN)  # whoever started them begins them again
     assert "distributed service detected fatal errors" in first.said()
     (alone,) = jobs.train("two", *WITHOUT_MASKS, processes=1)
     alone.finish()
@@ -234,8 +235,9 @@ def test_an_evaluation_of_which_one_process_dies_ends_and_goes_on(jobs):
     first, second = jobs.evaluate("disturbed", *options)
     first.wait_for(lambda: len(lines(folder / "answers-00001.jsonl")) > 3)
     second.kill()
-    assert first.end(MINUTE) != 0
-    assert "distributed service detected fatal errors" in first.said()
+    assert first.end(MINUTE) not in (0, 1, 2, AGAIN)  # whoever started them begins them again
+    # where it waits for the other it says so itself; elsewhere JAX ends it
+    assert re.search("another process of this job|distributed service detected fatal", first.said())
     finish(jobs.evaluate("disturbed", *options))
     assert scores(jobs.folder / "undisturbed") == scores(folder)
 
