@@ -49,6 +49,9 @@ LOOPS = """HloModule step, is_scheduled=true
 }
 
 %outer_body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %kernel = bf16[64]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"of": {
+ "block": 512
+}}, metadata={op_name="attention"}
   %all = bf16[64,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
   %rest = (s32[], f32[4]) while(%t), condition=%inner_cond, body=%inner_body
 }

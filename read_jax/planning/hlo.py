@@ -70,7 +70,9 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
         head = _HEAD.match(line)
         if head:
             name, lines, is_entry = head[1], [], line.startswith("ENTRY")
-        elif line.startswith("}") and name:
+        elif (
+            line.rstrip() == "}" and name
+        ):  # a kernel's settings go over several lines, some of them "}}, ..."
             yield name, (is_entry, lines)
             name = ""
         elif name:
