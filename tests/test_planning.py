@@ -44,29 +44,42 @@ LOOPS = """HloModule step, is_scheduled=true
 }
 
 %inner_body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %i = s32[] get-tuple-element(%p), index=0
+  %step = s32[]{:T(128)} constant(1)
   %x = f32[4]{0} get-tuple-element(%p), index=1
   %ring = (f32[2,8]{1,0}, f32[2,8]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=3
+  %work = f32[4] fusion(%x), kind=kOutput, calls=%beside
+  %next = s32[]{:T(128)} add(%i, %step), metadata={op_name="count"}
+  ROOT %both = (s32[]{:T(128)}, f32[4]{0}) tuple(%next, /*index=1*/%x)
+}
+
+%begun (p: bf16[1]) -> (bf16[1], bf16[64,8]) {
+  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+%beside (p: bf16[1]) -> f32[4] {
+  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+%ended (p: bf16[1]) -> bf16[64,8] {
+  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
 }
 
 %outer_body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
   %kernel = bf16[64]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"of": {
  "block": 512
 }}, metadata={op_name="attention"}
-  %all = bf16[64,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %async-collective-start.1 = (bf16[1], bf16[64,8]) fusion(%x), kind=kCustom, calls=%begun
   %rest = (s32[], f32[4]) while(%t), condition=%inner_cond, body=%inner_body
+  %async-collective-done.1 = bf16[64,8] fusion(%x), kind=kCustom, calls=%ended
 }
 
 %outer_cond (p: (s32[], f32[4])) -> pred[] {
   ROOT %more = pred[] parameter(0)
 }
 
-%beside (p: bf16[1]) -> bf16[64,8] {
-  %again = bf16[64,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
-}
-
 ENTRY %main (a: f32[4]) -> f32[4] {
   %loop = (s32[], f32[4]) while(%t), condition=%outer_cond, body=%outer_body, %TRIPS%
-  %work = bf16[64,8] fusion(%a), kind=kOutput, calls=%beside
   %parts = ((f32[2], f32[4]), (f32[16], f32[32])) all-gather-start(%a, %b), channel_id=7
   %sums = (f32[10], f32[20]) all-reduce-start(%a, %b), channel_id=8, to_apply=%add
   ROOT %sum = f32[] all-reduce(%a), channel_id=9, to_apply=%add
@@ -176,11 +189,17 @@ def test_the_folders_name_tells_the_architecture():
         architecture(unknown)
 
 
-def test_collectives_count_as_often_as_their_loops_run_and_once_however_often_they_are_written():
+def test_collectives_count_as_often_as_they_begin_however_many_pieces_go_beside_other_work():
     found = collectives(LOOPS)
     assert found["all-gather"] == Traffic(5 + 1, 5 * 64 * 8 * 2 + (16 + 32) * 4)
     assert found["collective-permute"] == Traffic(15, 15 * 2 * 8 * 4)
     assert found["all-reduce"] == Traffic(1 + 1, 2 * (4 + (10 + 20) * 4))  # scattered sums, then gathered
+
+
+@pytest.mark.parametrize(("step", "rounds"), [(1, 3), (2, 2), (3, 1)])
+def test_a_loop_that_is_unrolled_runs_less_often(step, rounds):
+    found = collectives(LOOPS.replace("constant(1)", f"constant({step})"))
+    assert found["collective-permute"].number == 5 * rounds
 
 
 @pytest.mark.parametrize(

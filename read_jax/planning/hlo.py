@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -14,14 +14,19 @@ _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|f\d+(?:e\w+)?|[su]\d+|c64)\[([\d,]*)\]")
+_BEGUN = re.compile(r"^\s+(?:ROOT )?%?async-collective-start[\w.\-]* = .*calls=%?([\w.\-]+)")
+_FUSED = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
-_BELOW = re.compile(r"^\s+ROOT .* compare\([^)]*?([\w.\-]+)\), direction=LT")
+_BELOW = re.compile(r"^\s+ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
+_PART = re.compile(r"^\s+%?([\w.\-]+) = .* get-tuple-element\(.*\), index=(\d+)")
+_ADDED = re.compile(r"^\s+%?([\w.\-]+) = [su]\d+\[\]\S* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
+_AFTER = re.compile(r"^\s+ROOT .* tuple\((.*?)\)(?:, metadata|, backend_config|$)")
 
 
 class Traffic(NamedTuple):
@@ -39,10 +44,13 @@ def collectives(text: str, open_rounds: int = 1) -> dict[str, Traffic]:
     """
     computations = dict(_computations(text))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    times = _times(entry, {name: lines for name, (_, lines) in computations.items()}, open_rounds)
-    found: dict[str, tuple[str, int, float]] = {}
-    for name, (_, lines) in computations.items():
-        for number, line in enumerate(lines):
+    bodies = {name: lines for name, (_, lines) in computations.items()}
+    times = _times(entry, bodies, open_rounds)
+    begun = {match[1] for lines in bodies.values() for match in map(_BEGUN.match, lines) if match}
+    fused = {match[1] for lines in bodies.values() for match in map(_FUSED.search, lines) if match}
+    found = []  # (whether it is a piece, channel, kind, rounds, bytes)
+    for name, lines in bodies.items():
+        for line in lines:
             match = _OPERATION.match(line)
             kind = match[3].removesuffix("-start") if match else ""
             if match is None or kind not in COLLECTIVES:
@@ -50,14 +58,17 @@ def collectives(text: str, open_rounds: int = 1) -> dict[str, Traffic]:
             size = _result_bytes(match[2], kind, asynchronous=match[3].endswith("-start"))
             size *= _moved(kind, _members(line))
             channel = _CHANNEL.search(line)
-            # one that runs beside other work is written in every piece of that work
-            key = channel[1] if channel else f"{name} {number}"
-            found[key] = max(
-                found.get(key, ("", 0, 0.0)), (kind, times[name], size), key=lambda f: f[1] * f[2]
-            )
+            piece = name in fused and name not in begun
+            found.append((piece, channel and channel[1], kind, times[name], size))
+    # one that runs beside other work is written where it begins, and in every piece of that work
+    begins = {channel for piece, channel, *_ in found if not piece}
     traffic = {}
     for kind in COLLECTIVES:
-        own = [(rounds, size) for of, rounds, size in found.values() if of == kind]
+        own = [
+            (rounds, size)
+            for piece, channel, of, rounds, size in found
+            if of == kind and not (piece and channel in begins)
+        ]
         if own:
             traffic[kind] = Traffic(sum(n for n, _ in own), sum(n * size for n, size in own))
     return traffic
@@ -108,9 +119,28 @@ def _rounds(line: str, computations: Mapping[str, list[str]], open_rounds: int) 
     if told:
         return int(told[1])
     lines = computations.get(condition[1], ())
-    constants = {match[1]: int(match[2]) for match in map(_CONSTANT.match, lines) if match}
-    limits = [constants.get(match[1]) for match in map(_BELOW.match, lines) if match]
-    return limits[0] if limits and limits[0] else open_rounds
+    below = next((match for match in map(_BELOW.match, lines) if match), None)
+    limit = _constants(lines).get(below[2]) if below else None
+    if below is None or not limit:
+        return open_rounds
+    parts = {match[1]: int(match[2]) for match in map(_PART.match, lines) if match}
+    return -(-limit // _step(computations.get(condition[2], ()), parts.get(below[1])))
+
+
+def _step(body: Sequence[str], counter: int | None) -> int:
+    """What a loop's body adds to its counter, a place in what it yields: 1 unless it is unrolled."""
+    after = next((match for match in map(_AFTER.match, body) if match), None)
+    if after is None or counter is None:
+        return 1
+    names = [name.rpartition("%")[2].rpartition(" ")[2] for name in after[1].split(",")]
+    added = {match[1]: (match[2], match[3]) for match in map(_ADDED.match, body) if match}
+    constants = _constants(body)
+    steps = [constants[name] for name in added.get(names[counter], ()) if name in constants]
+    return steps[0] if steps and steps[0] else 1
+
+
+def _constants(lines: Sequence[str]) -> dict[str, int]:
+    return {match[1]: int(match[2]) for match in map(_CONSTANT.match, lines) if match}
 
 
 def _result_bytes(shapes: str, kind: str, asynchronous: bool) -> float:

@@ -52,6 +52,15 @@ def cases() -> dict[str, list[str]]:
             *("--mesh", f"fsdp={chips}", "--batch", str(chips), "--config.step.micro_batches=1"),
             *(f"--config.{change}" for change in changes),
         ]
+    for size, recipe in RECIPES.items():  # these need XLA's CUDA compiler, and say how to get it
+        found[f"train {size} h100:8"] = [
+            *("train", "--config", recipe, "--topology", "h100:8", "--mesh", "fsdp=8", "--batch", "8"),
+            "--config.step.micro_batches=1",
+        ]
+        for mode in ("evaluate", "serve"):
+            found[f"{mode} {size} h100:8"] = [
+                *(mode, "--config", recipe, "--topology", "h100:8", "--mesh", "tensor=1"),
+            ]
     return found
 
 
