@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
@@ -18,6 +19,7 @@ from read_jax import cli
 from read_jax.config import ReadConfig
 from read_jax.errors import ConfigError
 from read_jax.planning.chips import CHIPS, GIB, parse_topology, topology_devices
+from read_jax.planning.compiler import compile_lowered, traffic_of
 from read_jax.planning.cost import train_cost
 from read_jax.planning.hlo import Traffic, collectives
 from read_jax.planning.plan import Memory, Plan, make_plan, search
@@ -285,6 +287,38 @@ def test_a_plan_says_whether_it_fits_and_what_bounds_it(setup):
     refused = plan(setup, memory=Memory(None, None, None, 15.75 * GIB), traffic={})
     assert not refused.fits  # whatever the compiler's rounded figure says
     assert json.loads(json.dumps(good.to_dict()))["fits"] is True
+
+
+def test_where_what_is_sent_cannot_be_read_a_plan_says_so_and_leaves_it_out(setup):
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands")
+
+    assert traffic_of(Unreadable(), 1) == {}  # one device sends nothing, whatever can be read
+    found = plan(setup, traffic=traffic_of(Unreadable(), 16))
+    assert set(found.times) == {"arithmetic", "memory"}
+    assert "sent         unknown" in plan_text(found)
+    assert found.to_dict()["traffic"] is None
+
+
+@pytest.mark.parametrize(
+    ("refusal", "wanted"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory. Used 20.5G of 15.75G hbm.", 20.5 * GIB),
+        (
+            "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (512M) exceeds "
+            "available HBM (15.75G)",
+            GIB / 2,
+        ),
+    ],
+)
+def test_a_program_that_the_compiler_refuses_does_not_fit(refusal, wanted):
+    class Large:
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError(refusal)
+
+    compiled, memory = compile_lowered(Large(), CHIPS["v5e"])
+    assert compiled is None and memory.peak == wanted and not memory.fits(CHIPS["v5e"])
 
 
 def test_the_network_bounds_a_plan_that_sends_much(setup):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +12,12 @@ import jax
 from read_jax.errors import ReadJaxError
 from read_jax.planning.chips import GIB, Chip
 from read_jax.planning.gpus import COMPILER_OPTIONS
+from read_jax.planning.hlo import Traffic, collectives
 
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", re.IGNORECASE)
+_USED = re.compile(
+    r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|required for HLO temporaries \(([\d.]+)([KMG])\) exceeds",
+    re.IGNORECASE,
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
 
 
@@ -42,6 +47,29 @@ def compile_lowered(lowered: jax.stages.Lowered, chip: Chip) -> tuple[jax.stages
     except jax.errors.JaxRuntimeError as error:
         return None, Memory(None, None, None, _wanted(error))
     return compiled, memory_of(compiled)
+
+
+def traffic_of(
+    compiled: jax.stages.Compiled, devices: int, open_rounds: int = 1
+) -> Mapping[str, Traffic] | None:
+    """`collectives` of a program for so many devices; None where this JAX cannot read the compiler's text.
+
+    libtpu may be newer than what JAX prints programs with, and know operations that it does not.
+    """
+    if devices == 1:
+        return {}
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        return None
+    return collectives(text, open_rounds)
+
+
+def link_seconds(traffic: Mapping[str, Traffic] | None, chip: Chip) -> dict[str, float]:
+    """{"links": seconds that sending takes at least}; nothing where it is not known what is sent."""
+    if traffic is None:
+        return {}
+    return {"links": sum(kind.bytes for kind in traffic.values()) / chip.link}
 
 
 def serialize_compiled(compiled: jax.stages.Compiled) -> bytes:
@@ -74,4 +102,5 @@ def _wanted(error: Exception) -> float:
     if "RESOURCE_EXHAUSTED" not in str(error) or not match:
         line = str(error).strip().splitlines()[0]
         raise ReadJaxError(f"the compiler failed: {line}") from error
-    return float(match[1]) * _UNITS[match[2].upper()]
+    number, unit = (part for part in match.groups() if part)
+    return float(number) * _UNITS[unit.upper()]

@@ -24,8 +24,8 @@ from read_jax.inference.programs import Programs, bucket
 from read_jax.inference.segmenter import ROWS_PER_BATCH
 from read_jax.models.read import Read
 from read_jax.planning.chips import Chip, group_topology, parse_topology, topology_devices
-from read_jax.planning.compiler import Memory, compile_lowered
-from read_jax.planning.hlo import Traffic, collectives
+from read_jax.planning.compiler import Memory, compile_lowered, link_seconds, traffic_of
+from read_jax.planning.hlo import Traffic
 from read_jax.planning.programs import PROMPT_TOKENS, bytes_per_device, placed, prefix_length
 from read_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from read_jax.training.flops import (
@@ -86,7 +86,7 @@ class Stage:
     memory: Memory
     flops: float
     bytes: float
-    traffic: Mapping[str, Traffic]
+    traffic: Mapping[str, Traffic] | None
     seconds: float
 
     def times(self, chip: Chip) -> dict[str, float]:
@@ -94,7 +94,7 @@ class Stage:
         return {
             "arithmetic": self.flops / chip.flops,
             "memory": self.bytes / chip.bandwidth,
-            "links": sum(traffic.bytes for traffic in self.traffic.values()) / chip.link,
+            **link_seconds(self.traffic, chip),
         }
 
 
@@ -141,7 +141,8 @@ class InferencePlan:
         }
         for stage, entry in zip(self.stages, data["stages"], strict=True):
             entry["times"] = stage.times(self.chip)
-            entry["traffic"] = {kind: traffic._asdict() for kind, traffic in stage.traffic.items()}
+            if stage.traffic is not None:
+                entry["traffic"] = {kind: traffic._asdict() for kind, traffic in stage.traffic.items()}
         return data
 
 
@@ -202,7 +203,7 @@ def _stages(model: ReadConfig, mode: Mode, chip: Chip, mesh: Mesh, load: Load) -
             # a program's own arguments are those that it uses; the others stay where they are all the same
             held = bytes_per_device((programs.params, waiting)) + _whole_bytes(args)
             memory = dataclasses.replace(memory, peak=memory.peak - memory.arguments + held)
-            traffic = collectives(compiled.as_text() or "", open_rounds)
+            traffic = traffic_of(compiled, mesh.size, open_rounds)
             out = jax.tree.map(
                 lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                 compiled.out_info,

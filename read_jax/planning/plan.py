@@ -12,9 +12,15 @@ from jax.sharding import Mesh
 
 from read_jax.errors import ConfigError
 from read_jax.planning.chips import Chip, parse_topology, topology_devices
-from read_jax.planning.compiler import Memory, compile_lowered, serialize_compiled
+from read_jax.planning.compiler import (
+    Memory,
+    compile_lowered,
+    link_seconds,
+    serialize_compiled,
+    traffic_of,
+)
 from read_jax.planning.cost import Cost, train_cost
-from read_jax.planning.hlo import Traffic, collectives
+from read_jax.planning.hlo import Traffic
 from read_jax.planning.programs import Setup, check_mesh, prefix_length, train_program
 from read_jax.sharding import MeshConfig, make_mesh
 
@@ -32,7 +38,7 @@ class Plan:
             prefix those before all questions about a picture.
         micro_batches, remat: how it is cut, and what is recomputed.
         cost: per device, by our own count.
-        memory, traffic: per device, as the compiler has them.
+        memory, traffic: per device, as the compiler has them; traffic is None where that cannot be read.
         seconds: that compiling took.
         serialized: the executable, for the machine itself to load.
     """
@@ -49,7 +55,7 @@ class Plan:
     remat: bool | str
     cost: Cost
     memory: Memory
-    traffic: Mapping[str, Traffic]
+    traffic: Mapping[str, Traffic] | None
     seconds: float
     serialized: bytes | None = None
 
@@ -74,14 +80,15 @@ class Plan:
         return {
             "arithmetic": self.cost.done / self.chip.flops,
             "memory": self.cost.bytes / self.chip.bandwidth,
-            "links": sum(traffic.bytes for traffic in self.traffic.values()) / self.chip.link,
+            **link_seconds(self.traffic, self.chip),
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         data = dataclasses.asdict(self) | {"fits": self.fits, "devices": self.devices, "times": self.times}
         data["cost"] = self.cost._asdict()
-        data["traffic"] = {kind: traffic._asdict() for kind, traffic in self.traffic.items()}
+        if self.traffic is not None:
+            data["traffic"] = {kind: traffic._asdict() for kind, traffic in self.traffic.items()}
         del data["serialized"]
         return data
 
@@ -112,7 +119,7 @@ def make_plan(
     serialized, traffic = None, {}
     compiled, memory = compile_lowered(lowered, chip)
     if compiled is not None:
-        traffic = collectives(compiled.as_text() or "")
+        traffic = traffic_of(compiled, placed.size)
         if serialize:
             serialized = serialize_compiled(compiled)
     data = setup.config.data

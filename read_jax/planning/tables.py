@@ -38,7 +38,9 @@ def plan_text(plan: Plan, *, pictures: int | None = None, price: float | None = 
         f"{plan.cost.done / 1e12:.1f} with what is recomputed; {plan.cost.bytes / 1e9:.0f} GB to and "
         "from its memory"
     )
-    for kind, traffic in plan.traffic.items():
+    if plan.traffic is None:
+        lines.append("sent         unknown: this JAX cannot read what the compiler made")
+    for kind, traffic in (plan.traffic or {}).items():
         lines.append(f"{kind:<20} {traffic.number:,} of {traffic.bytes / 1e9:.2f} GB per chip and update")
     lines += _speed(plan, pictures, price)
     lines.append(f"compiled in {plan.seconds:.0f} s")
@@ -86,11 +88,13 @@ def inference_text(plan: InferencePlan) -> str:
     ]
     for stage in plan.stages:
         times = stage.times(chip)
-        sent = sum(traffic.bytes for traffic in stage.traffic.values())
-        lines.append(
-            f"{stage.name:<14}{_gib(stage.memory.peak):>11}{times['arithmetic']:>10.3f} s"
-            f"{times['memory']:>7.3f} s{times['links']:>7.3f} s   {sent / 1e9:.2f} GB"
-        )
+        start = f"{stage.name:<14}{_gib(stage.memory.peak):>11}{times['arithmetic']:>10.3f} s"
+        start += f"{times['memory']:>7.3f} s"
+        if stage.traffic is None:
+            lines.append(f"{start}   unknown   this JAX cannot read what the compiler made")
+        else:
+            sent = sum(traffic.bytes for traffic in stage.traffic.values())
+            lines.append(f"{start}{times['links']:>7.3f} s   {sent / 1e9:.2f} GB")
     if plan.fits:
         full = ", with answers of full length," if plan.mode == "serve" else ""
         each = f"{load.pictures / plan.seconds:.1f} pictures or {rows / plan.seconds:.1f} answers per second"

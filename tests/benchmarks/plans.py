@@ -75,14 +75,15 @@ def row(name: str, data: dict[str, Any]) -> str:
         peak, parts, mesh = data["peak"], data["stages"], f"tensor {data['group']}"
         together = f"{data['load']['pictures']} x {data['load']['questions']} questions"
         least = f"{sum(max(part['times'].values()) for part in parts):.2f} s"
-    sent = sum(traffic["bytes"] for part in parts for traffic in part["traffic"].values())
+    known = all(part["traffic"] is not None for part in parts)
+    sent = sum(traffic["bytes"] for part in parts for traffic in (part["traffic"] or {}).values())
     cells = [
         name,
         mesh,
         together,
         "yes" if data["fits"] else "no",
         f"{peak / GIB:.2f} of {data['chip']['memory'] / GIB:.2f} GiB",
-        f"{sent / 1e9:.1f} GB",
+        f"{sent / 1e9:.1f} GB" if known else "not known",
         least,
         f"{sum(part['seconds'] for part in parts):.0f} s",
     ]
