@@ -43,11 +43,11 @@ start() {
     require --restarts "$restarts" '[0-9]+' 'a number'
     data=$(folder --data "$data")
     runs=$(folder --runs "$runs")
-    local options=(--detach --name "$name" --restart "on-failure:$restarts" --stop-timeout 600 --shm-size 16g)
+    local options=(--detach --name "$name" --entrypoint /launch/again.sh --stop-timeout 600 --shm-size 16g)
     options+=(--user "$(id -u):$(id -g)" --volume "$data:/data:ro" --volume "$runs:/runs")
     # docker reads a list of devices as CSV
     [[ $gpus == none ]] || options+=(--gpus "${gpus/#device=*/\"$gpus\"}")
-    run docker run "${options[@]}" "$image" "$@"
+    run docker run "${options[@]}" "$image" "$restarts" read-jax "$@"
 }
 
 [[ $action == -h || $action == --help ]] && help

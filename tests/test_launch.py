@@ -20,7 +20,7 @@ FAKE = """#!/bin/bash
 process="${@: -1}"
 trap 'echo saved; exit 75' TERM
 echo "process $process: $*"
-if [[ $process == "$FAILS" ]]; then echo "it breaks" >&2; exit 3; fi
+if [[ $process == "$FAILS" ]]; then echo "it breaks" >&2; exit "${STATUS:-3}"; fi
 for ((i = 0; i < ${ROUNDS:-1}; i++)); do sleep 0.1; done
 """
 
@@ -57,7 +57,8 @@ def test_each_begins_with_its_help(script):
     done = launch(script, "--help")
     assert done.returncode == 0
     assert f"launch/{script} " in done.stdout
-    assert "--dry-run" in done.stdout or script == "worker.sh"  # whose arguments are read-jax's
+    plain = ("again.sh", "worker.sh")  # whose arguments are read-jax's
+    assert "--dry-run" in done.stdout or script in plain
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_each_begins_with_its_help(script):
         (("docker.sh", "build", "--extra", "tpu", "--image", "h/i"), "--build-arg EXTRA=tpu --tag h/i"),
         (
             ("docker.sh", "start", "--name", "a", "--data", "/tmp", "--runs", "/tmp", "--", "train"),
-            "--volume /tmp:/data:ro --volume /tmp:/runs --gpus all read-jax train",
+            "--volume /tmp:/data:ro --volume /tmp:/runs --gpus all read-jax 20 read-jax train",
         ),
         (("docker.sh", "stop", "--name", "a"), "docker stop a"),
     ],
@@ -224,3 +225,28 @@ def test_a_local_job_that_is_told_to_stop_saves_and_does_not_begin_again(fake):
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 75
     assert (("".join(said)) + rest).count("saved") == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "runs"), [("3", 3), ("69", 3), ("137", 3), ("0", 1), ("1", 1), ("2", 1), ("75", 1)]
+)
+def test_a_run_is_begun_again_when_it_broke_but_not_when_it_ended_or_said_what_is_wrong(fake, status, runs):
+    done = launch("again.sh", "2", fake, "train", FAILS="train", STATUS=status, PAUSE="0")
+    assert done.returncode == int(status)
+    assert done.stdout.count("process train") == runs
+
+
+@pytest.mark.parametrize(("fails", "said"), [("", "saved"), ("train", "beginning again (1 of 5)")])
+def test_a_run_that_is_told_to_stop_is_not_begun_again(fake, fails, said):
+    command = [LAUNCH / "again.sh", "5", fake, "train"]
+    environment = os.environ | {"ROUNDS": "300", "FAILS": fails, "PAUSE": "60"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as job:
+        heard = job.stdout.readline()
+        while fails and said not in heard:
+            heard += job.stdout.readline()
+        job.send_signal(signal.SIGTERM)
+        heard += job.communicate(timeout=30)[0]
+    assert job.returncode == 75
+    assert said in heard and heard.count("process train") == 1
