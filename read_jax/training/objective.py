@@ -239,12 +239,13 @@ def map_pictures(function: Callable[[Any], Any], xs: Any, abreast: int = 1, reco
     mapped = jax.vmap(jax.checkpoint(function) if recompute else function)
 
     def deal(x: Any) -> Array:
-        x = jnp.reshape(x, (abreast, -1, *jnp.shape(x)[1:])).swapaxes(0, 1)
-        return constrain(x, None, "batch")
+        size, *rest = jnp.shape(x)
+        return constrain(jnp.reshape(x, (abreast, size // abreast, *rest)).swapaxes(0, 1), None, "batch")
 
     turns = jax.tree.map(deal, xs)
     out = jax.lax.map(mapped, turns)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+    # sizes are said: with points off, theirs is zero, of which no other follows
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), out)
 
 
 def picture_masks(
