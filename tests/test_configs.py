@@ -137,6 +137,7 @@ def test_the_ablations_differ_from_the_recipe_in_one_thing():
         ("read_7b_reasonsegg", None, r"Did you mean read_7b_reasonseg"),
         ("read_7b_reasonseg:runlocally", None, r"no variant 'runlocally'"),
         ("read_7b_reasonseg", "lora=None", r"adapters"),
+        ("read_7b_reasonseg", "updates=8000", r"nothing is learned in 8000 updates after the first 5000"),
         ("read_7b_reasonseg", "start.scratch.llama.hidden_sise=64", r"'hidden_sise'.*nearest.*'hidden_size'"),
     ],
 )

@@ -373,4 +373,5 @@ def test_a_scaled_down_step_compiles_for_a_tpu_within_its_memory(compiler):
 
 
 def test_presets_cover_what_the_recipes_start_from():
-    assert ReadConfig.preset("sesame-7b") == architecture(load_config("read_7b_reasonseg"))
+    for recipe in ("read_7b_reasonseg", "lisa_7b"):
+        assert ReadConfig.preset("sesame-7b") == architecture(load_config(recipe))

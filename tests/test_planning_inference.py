@@ -112,6 +112,21 @@ def test_what_makes_no_plan_is_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("change", "points"), [([], 30), (["--config.start.sasp=off"], None)])
+def test_the_model_that_answers_has_the_points_of_the_run(change, points, monkeypatch, capsys):
+    planned = []
+
+    def plan_inference(model, *_):
+        planned.append(model.sasp)
+        return plan(stage())
+
+    monkeypatch.setattr("read_jax.planning.inference.plan_inference", plan_inference)
+    arguments = ["plan", "serve", "--config", "read_7b_reasonseg", "--topology", "v5e:4x4", *change]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("fits: yes")
+    assert [p.num_points if p.enabled else None for p in planned] == [points]
+
+
 def compiled_on(topology, function, *shapes, names, dtype):
     """The program over operands of these shapes, shared as the names say, for four chips.
 

@@ -155,6 +155,7 @@ def _plan_answering(arguments: argparse.Namespace) -> int:
     }
     load = Load(**{name: value for name, value in asked.items() if value is not None})
     model = architecture(config, arguments.model)
+    model = model.replace(sasp=config.start.sasp_config(model.sasp))
     print(_PATIENCE, file=sys.stderr)
     plan = plan_inference(model, arguments.topology, arguments.what, group, load)
     print(inference_text(plan))

@@ -61,7 +61,9 @@ def add_merge(commands: Any) -> None:
         "--step", type=int, metavar="N", help="checkpoint after N updates (default: the newest)"
     )
     which.add_argument(
-        "--best", action="store_true", help="the checkpoint with the best validation, see checkpoints.best"
+        "--best",
+        action="store_true",
+        help="the checkpoint with the best validation, see checkpoints.best, and the parameters it was of",
     )
     parser.add_argument(
         "--average",

@@ -148,6 +148,7 @@ class Mixture:
         questions_per_image: int = 3,
         templates: TemplateSet = TRAINING_TEMPLATES,
         premises: Mapping[str, Premises] = PREMISES,
+        false_premises: bool = True,
         compat: Compat = None,
     ) -> None:
         """Mix.
@@ -159,6 +160,7 @@ class Mixture:
             questions_per_image: n, at most so many questions of a picture in one example.
             templates: the words around names and sentences.
             premises: by dataset family (the part of a source's name before "|").
+            false_premises: False: nothing is asked about what is not there, whatever the datasets state.
             compat: as above.
         """
         if not 0 <= seed < 2**64:
@@ -166,7 +168,7 @@ class Mixture:
         if questions_per_image < 1:
             raise DataError(f"questions_per_image must be at least 1, not {questions_per_image}.")
         self.seed, self.questions_per_image = seed, questions_per_image
-        self.templates, self.compat = templates, compat
+        self.templates, self.compat, self.false_premises = templates, compat, false_premises
         shares = _shares("the groups", [g.rate for g in recipe])
         self.subsets: list[Subset] = []
         self._places: list[range] = []  # of each group's sources in subsets
@@ -180,7 +182,7 @@ class Mixture:
                 source = sources[name]
                 if not len(source):
                     raise DataError(f"{name} has no pictures; leave it out of the mixture.")
-                rates = premises.get(name.partition("|")[0])
+                rates = premises.get(name.partition("|")[0]) if false_premises else None
                 self.subsets.append(Subset(group.name, source, share * part, rates))
             self._places.append(range(start, len(self.subsets)))
             self._source_bounds.append(list(itertools.accumulate(inner)))
@@ -209,6 +211,7 @@ class Mixture:
             "templates": self.templates.digest(),
             "compat": self.compat,
             "sources": parts,
+            **({} if self.false_premises else {"false_premises": False}),
         }
 
     def choose(self, k: int) -> Choice:
@@ -276,7 +279,9 @@ class Mixture:
             names = draws.sample(range(len(item.absent)), len(positives))
             pairs = zip(names, positives, strict=False)  # a picture may lack fewer things than it shows
             return tuple(self._false_premise(item, name, i, mode == "correct", draws) for name, i in pairs)
-        if mode is None:
+        if not self.false_premises:
+            pool = there
+        elif mode is None:
             pool = range(len(item.queries))
         elif mode == "stated" and stated:
             pool = stated
@@ -323,7 +328,8 @@ def load_mixture(
             name, such as {"scenes|train": 3, "mine.jsonl": 1}.
         data_dir: the folder with the datasets.
         compat: for the sources and the mixture.
-        options: what else `Mixture` takes: seed, questions_per_image, templates, premises.
+        options: what else `Mixture` takes: seed, questions_per_image, templates, premises,
+            false_premises.
 
     Raises:
         DataError: an unknown recipe or source, or files that are missing or malformed.

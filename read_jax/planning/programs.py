@@ -72,7 +72,8 @@ def architecture(config: TrainConfig, preset: str | None = None) -> ReadConfig:
     folder = Path(start.model).expanduser()
     if is_model_folder(folder) or start.model == "nano":
         return load_config(start.model)
-    match = re.fullmatch(r"(\w+-\d+b)(?:-sam-([blh]))?", folder.name)
+    name = folder.name.replace("llava-1.5-", "sesame-")  # the same parts, before they were trained
+    match = re.fullmatch(r"(\w+-\d+b)(?:-sam-([blh]))?", name)
     if not match or match[1] not in READ_PRESETS:
         raise ConfigError(
             f"no model folder at {start.model!r}, and its name tells no architecture: say which with "

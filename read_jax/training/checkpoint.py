@@ -26,12 +26,14 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from read_jax.errors import CheckpointError, ConfigError
+from read_jax.files import write_file
 from read_jax.processes import all_agree, is_first, wait_for_all
 from read_jax.training.config import CheckpointConfig, TrainConfig
 from read_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
 _STATE, _META, _PARTIAL = "state", "meta", ".orbax-checkpoint-tmp"
+_JSON = "metadata"  # Orbax's name of the file in meta
 
 Say = Callable[[str], None]
 
@@ -127,6 +129,20 @@ class Checkpoints:
                     f"the state after {step} updates could not be saved in {self._folder}; the last one "
                     f"is {self._manager.latest_step()}. Make room and start again: it goes on from there."
                 )
+
+    def scored(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write to a checkpoint that was saved before its validation what that gave; a failure is told."""
+        if self._best:
+            self._best.note(step, scores)
+        if not is_first():
+            return
+        folder = self._folder / str(step)
+        try:
+            meta = _read_json(folder)
+            meta |= {"validated": True, "scores": {name: float(value) for name, value in scores.items()}}
+            write_file(folder / _META / _JSON, json.dumps(meta).encode())
+        except OSError as error:
+            self._say(f"the scores after {step} updates could not be written ({reason(error)}).")
 
     def poll(self, wait: bool = False) -> None:
         """See how the writing stands; a failure is told and left behind."""
@@ -309,7 +325,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_json(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / _META / "metadata").read_bytes())
+    return json.loads((checkpoint / _META / _JSON).read_bytes())
 
 
 def scores_in(folder: Path, score: str) -> dict[int, float]:

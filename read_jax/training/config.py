@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,7 @@ class DataConfig(Config):
         rates: how often each source is drawn, by its name.
         data_dir: folder with the datasets.
         compat: "read" for the original's defects.
-        false_premises: whether questions are made up about things that are not there.
+        false_premises: whether anything is asked about things that are not there, made up or the dataset's.
         templates: words around questions and answers: "varied", "short" (mostly the fixed ones of
             evaluation), or a file; see `read_jax.data.prompts`.
         template: of the conversations.
@@ -269,6 +270,12 @@ class TrainConfig(Config):
         self._require(
             self.updates is None or self.updates > 0, f"updates must be positive, not {self.updates}."
         )
+        falls_to = self.optimizer.total_updates if self.optimizer.schedule != "constant" else math.inf
+        self._require(
+            self.total_updates <= falls_to,
+            f"nothing is learned in {self.updates} updates after the first {falls_to}: the learning rate is "
+            "nothing from there on. Set optimizer.total_updates, or optimizer.schedule=constant.",
+        )
 
     @property
     def total_updates(self) -> int:
@@ -424,6 +431,7 @@ def runlocal(recipe: ConfigDict) -> ConfigDict:
         config.dtype = "float32"
         config.updates = None
         config.step.micro_batches = 2
+        config.masks_from = min(config.masks_from, 4)
         config.optimizer.total_updates = 8
         config.optimizer.warmup_updates = 2
         config.optimizer.learning_rate = 1e-3

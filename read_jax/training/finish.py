@@ -44,7 +44,8 @@ def finish(
         workdir: of the run.
         output: the model folder to make.
         step: updates after which; None: the newest checkpoint.
-        best: the checkpoint that the run kept for its score, `checkpoints.best`.
+        best: the checkpoint that the run kept for its score, `checkpoints.best`, with the parameters that
+            were scored: the moving average, where the run kept one.
         average: the moving average of the parameters instead of the last ones.
         dtype: "float32" or "bfloat16"; None: as the base is stored.
         base: where the model folder is now that training started from, if it was moved.
@@ -75,6 +76,7 @@ def finish(
             f"{record.fingerprint}, not {identity['base']['fingerprint']}."
         )
     config = TrainConfig.from_dict(identity["config"])
+    average = average or (best and config.step.ema_decay > 0)
     trained = _trained(chosen, meta, "ema" if average else "params")
     if not trained:
         raise CheckpointError(f"{chosen} holds no moving average: the run kept none (step.ema_decay 0).")

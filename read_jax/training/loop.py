@@ -176,6 +176,8 @@ def _updates(
     if not validated:
         with keeping():
             validated = validate()
+        if validated:
+            checkpoints.scored(step, scores)
     while step < total and validated and not agreed(stopping()):
         # data
         with keeping(), watch.waiting():

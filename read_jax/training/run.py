@@ -140,6 +140,7 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
             abreast=abreast,
             limit=config.validation.limit,
             pictures=config.validation.pictures,
+            max_bad_share=config.data.max_bad_share,
         )
     share = batch_shares(shared)[jax.process_index()]
     loader = TrainingLoader(
@@ -222,11 +223,10 @@ def make_mixture(data: DataConfig) -> Mixture:
     """The training data; raises `ConfigError` when none are named, `DataError` when they cannot be opened."""
     if not data.mixture and not data.rates:
         raise ConfigError("data names neither a mixture nor rates of sources: there is nothing to train on.")
-    made_up = {} if data.false_premises else {"premises": {}}
     return load_mixture(
         data.mixture or data.rates,
         data.data_dir,
-        **made_up,
+        false_premises=data.false_premises,
         templates=templates_named(data.templates),
         compat=data.compat,
         seed=data.seed,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from read_jax.data.item import Compat, Item, Source
 from read_jax.data.packing import Batch, Packer
-from read_jax.data.pipeline import EvaluationLoader
+from read_jax.data.pipeline import MAX_BAD_SHARE, EvaluationLoader
 from read_jax.evaluation.metrics import MaskCounts, SegmentationMetrics
 from read_jax.images.drawing import draw_comparison, draw_similarity
 from read_jax.processes import from_equals, is_first, several, together
@@ -91,6 +91,7 @@ class Validator:
         sharding: of the batches, on the mesh of the parameters.
         abreast: devices that share a batch.
         pictures: so many of the first pictures are drawn.
+        max_bad_share: as for every loader.
     """
 
     def __init__(
@@ -104,10 +105,11 @@ class Validator:
         abreast: int = 1,
         limit: int = 0,
         pictures: int = 0,
+        max_bad_share: float = MAX_BAD_SHARE,
     ) -> None:
         self._source = _First(source, min(limit or len(source), len(source)))
         self._packer, self._sharding = packer, sharding
-        self._loader = EvaluationLoader(self._source, packer, batch)
+        self._loader = EvaluationLoader(self._source, packer, batch, max_bad_share=max_bad_share)
         self._start = self._loader.state()
         self._drawn = {f"{source.name}:{source[i].key}#0": i for i in range(min(pictures, len(self._source)))}
         prefix_ids, image_start = packer.prefix_ids, packer.image_start

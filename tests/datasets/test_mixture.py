@@ -182,6 +182,18 @@ def test_reasoning_pictures_are_asked_for_false_premises_at_the_papers_rate():
     assert_frequency(false, some, 0.15)
 
 
+@pytest.mark.parametrize("compat", [None, "read"])
+def test_without_false_premises_everything_that_is_asked_about_is_there(compat):
+    def queries(index):
+        return tuple(Query(f"thing {place}", place <= index) for place in range(3))
+
+    sources = reasoning(), vocabulary(), Pictures("fprefcoco|train", 3, queries), Pictures("mine", 3, queries)
+    mixture = mixture_of(*sources, false_premises=False, compat=compat)
+    rows = [row for k in range(400) for row in mixture[k].rows]
+    assert all(row.exists and row.mask is not None for row in rows)
+    assert mixture.fingerprint() != mixture_of(*sources, compat=compat).fingerprint()
+
+
 def test_a_stated_false_premise_is_answered_in_the_datasets_words():
     mixture = mixture_of(reasoning())
     sample = next(s for s in map(mixture.__getitem__, range(200)) if not s.rows[0].exists)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,17 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_score(run, tmp_path):
     start, workdir, adapters = run
     assert finish(workdir, tmp_path / "model", best=True).source["trained_updates"] == 2
     assert_merged(tmp_path / "model", start, adapters[2])
+
+
+def test_of_a_run_with_an_average_the_best_is_what_was_scored(run, tmp_path):
+    start, workdir, _ = run
+    shutil.copytree(workdir, tmp_path / "run")
+    meta = tmp_path / "run" / FOLDER / "2" / "meta" / "metadata"
+    found = json.loads(meta.read_text())
+    found["identity"]["config"]["step"]["ema_decay"] = 0.9
+    meta.write_text(json.dumps(found))
+    finish(tmp_path / "run", tmp_path / "model", best=True)
+    np.testing.assert_array_equal(kernel(tmp_path / "model"), kernel(start))  # the average is of zeros
 
 
 def test_adapters_of_zero_change_nothing(run, tmp_path):

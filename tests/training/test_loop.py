@@ -21,7 +21,7 @@ from read_jax.data.mixture import Skipped
 from read_jax.errors import CheckpointError, ConfigError, DataError
 from read_jax.files import only_writer
 from read_jax.training import checkpoint, loop
-from read_jax.training.checkpoint import FOLDER, read_meta
+from read_jax.training.checkpoint import FOLDER, read_meta, scores_in
 from read_jax.training.config import CheckpointConfig, LogConfig, TrainConfig, ValidationConfig
 from read_jax.training.logs import EXAMPLES, LOG, METRICS
 from read_jax.training.loop import TrainingError, train
@@ -419,6 +419,25 @@ def test_told_to_stop_during_a_validation_it_saves_and_validates_when_it_goes_on
     found = [line for line in lines(tmp_path / METRICS) if "validation" in line]
     scored = [(line["step"], line["validation"]["giou"]) for line in found]
     assert scored == [(2, 0.1), (4, 0.2), (6, 0.3)]
+
+
+@pytest.mark.parametrize("stopped", [2, 3])
+def test_the_best_checkpoint_may_be_one_that_was_stopped_in_its_validation(stopped, toy, tmp_path):
+    def told(number):
+        if number == stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    scores = [0.9 if number == stopped else 0.1 for number in range(1, 4)]
+    settings = config(updates=6, validate=2, keep=1, best="giou")
+    toy(scores=scores, during=told)
+    assert train(settings, tmp_path).stopped
+    again = toy(scores=scores[stopped - 1 :])
+    assert not train(settings, tmp_path).stopped
+    assert scores_in(tmp_path / FOLDER, "giou")[2 * stopped] == 0.9
+    toy(scores=[])
+    assert train(settings, tmp_path).updates == 6  # there is nothing left to do
+    validations = [line["step"] for line in lines(tmp_path / METRICS) if "validation" in line]
+    assert validations == [2, 4, 6] and again.closed
 
 
 def test_when_a_validation_fails_what_was_done_is_saved(toy, tmp_path):
