@@ -5,7 +5,7 @@
 #
 # A run that ends well, is told to stop (status 75) or says what is wrong (status 1 or 2) is over. One that dies, or
 # loses another process (status 69), is begun again, at most RESTARTS times, each after $PAUSE seconds (default: 30).
-# SIGTERM and SIGINT are passed on, and end it.
+# From the second time on --overwrite is left out. SIGTERM and SIGINT are passed on, and end it.
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
@@ -37,6 +37,9 @@ for ((try = 0; ; try++)); do
     esac
     if $told || ((try == restarts)); then exit "$status"; fi
     echo "$ME: ended with status $status; beginning again ($((try + 1)) of $restarts)" >&2
+    arguments=()
+    for argument; do [[ $argument == --overwrite ]] || arguments+=("$argument"); done
+    set -- "${arguments[@]}" # what was done is not to be done again
     child=''
     for ((second = 0; second < ${PAUSE:-30}; second++)); do
         $told && break

@@ -69,7 +69,8 @@ case $action in
         on_cluster
         require --bucket "$bucket" '[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]' 'the name of a bucket, without folders'
         run xpk storage attach "$bucket" "${where[@]}" --type gcsfuse --bucket "$bucket" \
-            --mount-point /bucket --readonly false --auto-mount true --size 1000
+            --mount-point /bucket --readonly false --auto-mount true --size 1000 \
+            --mount-options implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0
         ;;
     start | resume) start "${arguments[@]}" ;;
     watch)

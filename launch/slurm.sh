@@ -35,6 +35,11 @@ job_script() {
 # The first argument is the virtual environment, the others are those of read-jax.
 environment=$1
 shift
+if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then # what was done is not to be done again
+    arguments=()
+    for argument; do [[ $argument == --overwrite ]] || arguments+=("$argument"); done
+    set -- "${arguments[@]}"
+fi
 again() {
     kill -TERM "$step" 2> /dev/null
     status=0
@@ -45,7 +50,7 @@ again() {
 }
 trap again USR1
 # those that are told to stop end with a status of their own, and not all at once
-srun --kill-on-bad-exit=0 --wait=120 "$environment/bin/read-jax" "$@" --distributed &
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 "$environment/bin/read-jax" "$@" --distributed &
 step=$!
 trap 'kill -TERM "$step"' TERM
 status=0

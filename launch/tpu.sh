@@ -85,10 +85,10 @@ create() {
 
 install() {
     local archive
-    archive=$(mktemp --suffix .tar.gz)
+    archive=$(mktemp -d)/read-jax.tar.gz
     run git -C "$here/.." archive --format tar.gz --prefix read-jax/ --output "$archive" HEAD
     resources scp "$archive" "$name:read-jax.tar.gz" --node all --worker all
-    rm -f "$archive"
+    rm -rf "$(dirname "$archive")"
     everywhere 'set -e
 tar -xzf read-jax.tar.gz
 # the machines come with an older Python than is needed

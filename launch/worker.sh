@@ -15,11 +15,14 @@ bucket=$1 restarts=$2
 shift 2
 require RESTARTS "$restarts" '[0-9]+' 'a number'
 
-if [[ $bucket != - ]] && ! mountpoint -q ~/bucket; then
+if [[ $bucket != - ]] && mountpoint -q ~/bucket; then
+    mounted=$(findmnt -n -o SOURCE ~/bucket)
+    [[ $mounted == "$bucket" ]] || fail "the folder bucket here shows $mounted, not $bucket: fusermount -u it first"
+elif [[ $bucket != - ]]; then
     need gcsfuse 'see https://cloud.google.com/storage/docs/cloud-storage-fuse/install'
     mkdir -p ~/bucket
-    # a checkpoint appears by renaming its folder
-    gcsfuse --implicit-dirs --rename-dir-limit=200000 "$bucket" ~/bucket
+    # a checkpoint appears by renaming its folder, and what one machine writes the others must see at once
+    gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 "$bucket" ~/bucket
 fi
 
 exec "$(dirname "$0")/again.sh" "$restarts" ~/read-jax-env/bin/read-jax "$@" --distributed

@@ -250,3 +250,10 @@ def test_a_run_that_is_told_to_stop_is_not_begun_again(fake, fails, said):
         heard += job.communicate(timeout=30)[0]
     assert job.returncode == 75
     assert said in heard and heard.count("process train") == 1
+
+
+def test_what_was_done_is_not_overwritten_when_a_run_is_begun_again(fake):
+    done = launch("again.sh", "1", fake, "evaluate", "--overwrite", "a b", FAILS="a b", PAUSE="0")
+    first, second = [line for line in done.stdout.splitlines() if line.startswith("process")]
+    assert first.endswith("evaluate --overwrite a b")
+    assert second.endswith("evaluate a b")

@@ -249,6 +249,15 @@ def test_what_is_recomputed_does_not_depend_on_the_parts(setup):
         assert few.done == pytest.approx(many.done)
 
 
+def test_what_devices_that_share_a_picture_do_all_of_them_is_counted_for_each(setup):
+    alone, shared = train_cost(setup, mesh(fsdp=16)), train_cost(setup, mesh(fsdp=4, tensor=4))
+    assert shared.useful == alone.useful
+    pictures = setup.config.data.global_batch / 4  # of a group, which does them three times more
+    # SAM's attention and neck, three masks and the logits of three questions, forward and backward
+    repeated = (shared.done - alone.done) * 4 / (3 * pictures)
+    assert repeated == pytest.approx(3.17e12, rel=0.02)
+
+
 def test_a_batch_that_cannot_be_shared_is_refused_with_what_can(setup):
     with pytest.raises(ConfigError, match=r"step\.micro_batches can be 1, 2, 5, 10"):
         check_mesh(setup, mesh(fsdp=16))

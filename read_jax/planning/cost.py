@@ -19,7 +19,14 @@ from read_jax.models.attention import KERNEL_FROM, WHOLE_FROM
 from read_jax.planning.programs import Setup, abstract_state, bytes_per_device, placed, prefix_length
 from read_jax.sharding import FSDP, TENSOR, batch_devices
 from read_jax.training.config import TrainConfig
-from read_jax.training.flops import llama_pairs, llama_weights, train_step_flops
+from read_jax.training.flops import (
+    llama_pairs,
+    llama_weights,
+    mask_decoder_forward,
+    prompt_tokens,
+    sam_encoder_forward,
+    train_step_flops,
+)
 
 _FLOAT32 = 4
 
@@ -74,6 +81,7 @@ def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True) -> Cost:
             remat: more + 1.5 * scores * config.step.micro_batches / tensor for remat, more in again.items()
         }
     done = useful / (abreast * tensor) + again[config.step.remat]
+    done += (1 - 1 / tensor) * _unshared(config, model) / abreast
     state, frozen = (bytes_per_device(x) for x in (abstract_state(setup, mesh), placed(setup.frozen, mesh)))
     moved = config.step.micro_batches * _bytes_of_part(config, model, sizes, mesh)
     # of the update: parameters, gradients and moments, each read and written
@@ -83,6 +91,16 @@ def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True) -> Cost:
         moved + 3 * state,
         state + frozen + _memory(config, model, sizes, mesh, gradients=state / 3),
     )
+
+
+def _unshared(config: TrainConfig, model: ReadConfig) -> float:
+    """Operations of an update that devices which share a picture do all of them, see `read_jax.sharding`:
+    SAM's encoder but for its MLPs, its decoder, and the logits."""
+    sam, data = model.sam, config.data
+    mlps = 4.0 * sam.depth * sam.grid_size**2 * sam.embed_dim * sam.mlp_dim
+    head = 2.0 * model.llama.hidden_size * model.llama.vocab_size * data.tokens
+    decoder = mask_decoder_forward(sam, prompt_tokens(model))
+    return data.global_batch * (sam_encoder_forward(sam) - mlps + 3 * data.questions * (head + decoder))
 
 
 def _bytes_of_part(config: TrainConfig, model: ReadConfig, sizes: _Sizes, mesh: Mesh) -> float:

@@ -173,7 +173,8 @@ def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
     """All meshes, parts and remat policies for a topology, best first, by our own count alone.
 
     Those that are expected to fit come first, by time; of equally fast ones (within a hundredth) those that
-    need less memory, as the estimate is good within some tens of percent. Then the others, by memory.
+    share a picture among fewer devices, since what these send to one another is not counted, and then those
+    that need less memory, as the estimate is good within some tens of percent. Then the others, by memory.
 
     Raises `ConfigError` when no mesh of these devices can share the batch.
     """
@@ -201,7 +202,9 @@ def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
     best = min((c.seconds for c in found if c.fits), default=1.0)
 
     def rank(c: Candidate) -> tuple[float, ...]:
-        return (not c.fits, math.log(c.seconds / best) // 0.01 if c.fits else 0, c.cost.memory)
+        if not c.fits:
+            return (True, c.cost.memory)
+        return (False, math.log(c.seconds / best) // 0.01, c.mesh.tensor, c.cost.memory)
 
     return sorted(found, key=rank)
 

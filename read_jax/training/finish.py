@@ -68,7 +68,15 @@ def finish(
     chosen = folder / str(steps[-1] if step is None else step)
     meta = read_meta(chosen)
     identity = meta["identity"]
-    model_dir = model_folder(base or identity["base"]["path"])
+    try:
+        model_dir = model_folder(base or identity["base"]["path"])
+    except CheckpointError as error:
+        if base is not None:
+            raise
+        raise CheckpointError(
+            f"{workdir} was trained from {identity['base']['path']}, which is not on this machine: say with "
+            "--base where that model folder is now."
+        ) from error
     record = load_record(model_dir)
     if record.fingerprint != identity["base"]["fingerprint"]:
         raise CheckpointError(

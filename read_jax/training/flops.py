@@ -78,6 +78,12 @@ def llama_weights(config: LlamaConfig) -> int:
     return config.num_layers * (2 * width * own + 2 * width * shared + 3 * width * config.intermediate_size)
 
 
+def prompt_tokens(config: ReadConfig) -> int:
+    """Tokens of the mask decoder: its own, the points' and the [SEG]'s."""
+    points = config.sasp.num_points + 1 if config.sasp.enabled else 0
+    return 1 + config.sam.num_mask_tokens + points + 1
+
+
 def train_step_flops(
     config: ReadConfig,
     trainable: Sequence[str],
@@ -112,6 +118,5 @@ def train_step_flops(
         (sam_encoder_forward(config.sam), "sam.image_encoder"),
     ):
         total += encoders * pictures * forward * (3 if is_chosen(trainable, path) else 1)
-    points = config.sasp.num_points + 1 if config.sasp.enabled else 0
-    prompt = 1 + config.sam.num_mask_tokens + points + 1
-    return total + masks * cost(mask_decoder_forward(config.sam, prompt), "sam.mask_decoder")
+    decoder = mask_decoder_forward(config.sam, prompt_tokens(config))
+    return total + masks * cost(decoder, "sam.mask_decoder")

@@ -94,6 +94,19 @@ def test_of_a_run_with_an_average_the_best_is_what_was_scored(run, tmp_path):
     np.testing.assert_array_equal(kernel(tmp_path / "model"), kernel(start))  # the average is of zeros
 
 
+def test_a_base_that_is_elsewhere_now_is_asked_for(run, tmp_path):
+    start, workdir, adapters = run
+    shutil.copytree(workdir, tmp_path / "run")
+    meta = tmp_path / "run" / FOLDER / "3" / "meta" / "metadata"
+    found = json.loads(meta.read_text())
+    found["identity"]["base"]["path"] = "/home/pod/bucket/models/start"
+    meta.write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="say with --base where"):
+        finish(tmp_path / "run", tmp_path / "model")
+    finish(tmp_path / "run", tmp_path / "model", base=start)
+    assert_merged(tmp_path / "model", start, adapters[3])
+
+
 def test_adapters_of_zero_change_nothing(run, tmp_path):
     start, workdir, _ = run
     finish(workdir, tmp_path / "model", average=True)
