@@ -5,7 +5,8 @@ first the eyes are taught what the scenes show, then the language model learns t
 and from update `masks_from` on SAM learns to outline what is pointed at.
 
 Expected: measured on the first 400 pictures of scenes|test, answering by itself: gIoU 86.1, cIoU 80.3, See
-accuracy 93.2, with this recipe's seed. The shipped weights went on from there by `nano_continued`.
+accuracy 93.2, with this recipe's seed. The shipped weights went on from there by `nano_continued`, to 91.3,
+86.7 and 97.4.
 """
 
 from ml_collections import ConfigDict
