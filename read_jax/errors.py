@@ -4,7 +4,7 @@ AGAIN = 75
 """Exit status of a run that was told to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
 
 BROKEN = 69
-"""Exit status of one of several processes that lost another: start the job again (EX_UNAVAILABLE)."""
+"""Exit status of a process that lost another: start the job again (EX_UNAVAILABLE)."""
 
 
 class ReadJaxError(ValueError):
@@ -35,6 +35,12 @@ class CheckpointError(ReadJaxError):
 
 class DataError(ReadJaxError):
     """A dataset, one of its files or records, or a dataset's name is missing, unknown or malformed."""
+
+
+class DataWorkerError(DataError):
+    """A process that prepares batches has died; begun again, the run may well go on."""
+
+    status = BROKEN
 
 
 class LostProcessError(ReadJaxError):

@@ -252,6 +252,13 @@ def test_a_run_that_is_told_to_stop_is_not_begun_again(fake, fails, said):
     assert said in heard and heard.count("process train") == 1
 
 
+def test_a_run_that_breaks_at_once_again_and_again_is_given_up(fake):
+    done = launch("again.sh", "20", fake, "train", FAILS="train", STATUS="69", PAUSE="0")
+    assert done.returncode == 69
+    assert done.stdout.count("process train") == 3
+    assert "three times within ten minutes" in done.stderr
+
+
 def test_what_was_done_is_not_overwritten_when_a_run_is_begun_again(fake):
     done = launch("again.sh", "1", fake, "evaluate", "--overwrite", "a b", FAILS="a b", PAUSE="0")
     first, second = [line for line in done.stdout.splitlines() if line.startswith("process")]

@@ -20,7 +20,7 @@ import numpy as np
 
 from read_jax.data.mixture import Skipped
 from read_jax.data.packing import Batch, PackedExample
-from read_jax.errors import DataError
+from read_jax.errors import DataError, DataWorkerError
 
 ENDLESS = 1 << 48
 """Number of steps of a training run, to Grain."""
@@ -87,8 +87,8 @@ class Loader(Iterator[HostBatch]):
         """The next batch.
 
         Raises:
-            DataError: too many pictures cannot be used, what a worker raised, or that one died; asked once
-                more, the loader makes the same batch with new workers.
+            DataError: too many pictures cannot be used, what a worker raised, or (`DataWorkerError`) that one
+                died; asked once more, the loader makes the same batch with new workers.
             StopIteration: an evaluation is complete.
         """
         if self.step >= self._steps:
@@ -101,7 +101,7 @@ class Loader(Iterator[HostBatch]):
         except BaseException as error:  # an interrupt too: no worker outlives it
             self.close()
             if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):  # Grain's words
-                raise DataError(
+                raise DataWorkerError(
                     f"a process that reads the data died before batch {self.step}. The system kills those "
                     "that take too much memory; use fewer workers, or a smaller buffer."
                 ) from error

@@ -24,7 +24,7 @@ from read_jax.data.loader import HostBatch
 from read_jax.data.mixture import Mixture
 from read_jax.data.pipeline import EvaluationLoader, TrainingLoader, evaluation_shares
 from read_jax.data.recipes import Group
-from read_jax.errors import DataError
+from read_jax.errors import DataError, DataWorkerError
 from tests.datasets.in_memory import Pictures, chats, reasoning, referring, things, tiny_packer, vocabulary
 
 PACKER = tiny_packer()
@@ -220,7 +220,7 @@ def test_a_worker_that_dies_is_told_and_the_loader_can_go_on(uninterrupted):
         assert_same(next(batches), uninterrupted[0])
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(DataError, match="died before batch"):
+        with pytest.raises(DataWorkerError, match="died before batch"):
             take(batches, 20)  # those on their way arrive first
         step = batches.step
         assert step < len(uninterrupted)
