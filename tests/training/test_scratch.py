@@ -28,7 +28,7 @@ from read_jax.training.initial import (
     whiten_patches,
     word_to_token,
 )
-from read_jax.training.run import prepare
+from read_jax.training.run import make_mixture, prepare
 from read_jax.training.scratch import fixed_texts, make_tokenizer, texts
 from read_jax.training.teaching import CLASSES, class_words, make_lesson, teach
 
@@ -246,6 +246,14 @@ def test_every_class_of_the_lessons_has_words(tokenizer):
     }
     of_cup = words["shape"][CLASSES["shape"].index("cup")]
     assert [tokenizer.decode([i]) for i in of_cup] == ["cup", "mug", "cups", "mugs"]
+
+
+@pytest.mark.parametrize("name", ["nano_scenes", "nano_minutes"])
+def test_the_data_of_a_recipe_with_lessons_have_their_words(name):
+    config = load_config(name)
+    lines = texts(make_mixture(config.data))
+    words = class_words(make_tokenizer(lines, config.start.vocabulary, fixed_texts(config.data.template)))
+    assert all(len(ids) == len(CLASSES[kind]) for kind, ids in words.items())
 
 
 def test_lessons_without_words_are_said():
