@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from read_jax.commands.shared import Progress, command
@@ -78,7 +83,12 @@ def add_export(commands: Any) -> None:
         _export,
         "write a model folder as a checkpoint that the original PyTorch code loads",
     )
-    parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert, or nano")
+    parser.add_argument(
+        "model",
+        metavar="MODEL_DIR",
+        help="model folder made by read-jax convert, or nano; or a training run's folder, whose newest "
+        "checkpoint is merged first",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument(
         "--format",
@@ -92,15 +102,34 @@ def add_export(commands: Any) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from read_jax.weights.export import export
 
-    with Progress("exporting", "B") as progress:
+    with _merged(arguments.model, arguments.output) as model, Progress("exporting", "B") as progress:
         summary = export(
-            arguments.model,
+            model,
             arguments.output,
             format=arguments.format,
             overwrite=arguments.overwrite,
             progress=progress,
         )
     print(summary)
+
+
+@contextlib.contextmanager
+def _merged(folder: str, output: str) -> Iterator[str | Path]:
+    """A model folder: this one, or what merging a run's gives, beside the output as long as it is needed."""
+    from read_jax.weights.checkpoint import is_model_folder
+
+    checkpoints = Path(folder).expanduser() / "checkpoints"
+    if is_model_folder(Path(folder).expanduser()) or not checkpoints.is_dir():
+        yield folder
+        return
+    from read_jax.training.finish import finish
+
+    beside = Path(output).expanduser().absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".read-jax-merged-", dir=beside) as merged:
+        record = finish(folder, Path(merged) / "model")
+        print(f"{folder}: merged after {record.source['trained_updates']} updates", file=sys.stderr)
+        yield Path(merged) / "model"
 
 
 def add_inspect(commands: Any) -> None:

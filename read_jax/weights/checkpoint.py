@@ -15,7 +15,7 @@ import ctypes
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +135,22 @@ def model_leaves(config: ReadConfig) -> dict[str, engine.Leaf]:
     return engine.leaves(model_table(config))
 
 
-def abstract_params(config: ReadConfig, dtype: Any, shardings: Any = None) -> dict[str, Any]:
+def abstract_params(
+    config: ReadConfig, dtype: Any, shardings: Any = None, only: Sequence[str] = ()
+) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`s: nested dictionaries keyed by path components.
 
     dtype: of every leaf, or a mapping from dotted paths to types. shardings: None, one
-    `jax.sharding.Sharding` for everything, or a tree of them of the same structure.
+    `jax.sharding.Sharding` for everything, or a tree of them of the same structure. only: as for
+    `load_params`.
     """
     import jax
 
     flat = flatten(shardings) if isinstance(shardings, Mapping) else None
     tree: dict[str, Any] = {}
-    for path, leaf in model_leaves(config).items():
+    leaves = model_leaves(config)
+    for path in _chosen(leaves, only):
+        leaf = leaves[path]
         if flat is not None and path not in flat:
             raise ValueError(f"shardings has no entry for {path}.")
         sharding = flat[path] if flat is not None else shardings
@@ -156,6 +161,19 @@ def abstract_params(config: ReadConfig, dtype: Any, shardings: Any = None) -> di
         kind = dtype[path] if isinstance(dtype, Mapping) else dtype
         node[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
     return tree
+
+
+def _chosen(leaves: Mapping[str, Any], only: Sequence[str]) -> list[str]:
+    """Paths that are among the named parts; raises `ConfigError` for a part that the model does not have."""
+    if not only:
+        return list(leaves)
+    for name in only:
+        if not any(f"{path}.".startswith(f"{name}.") for path in leaves):
+            parts = sorted({".".join(path.split(".")[:2]) for path in leaves})
+            raise ConfigError(
+                f"the model has no part {name!r}; it has {', '.join(parts)}, and what is in them."
+            )
+    return [path for path in leaves if any(f"{path}.".startswith(f"{name}.") for name in only)]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,7 +187,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None) -> dict[str, Any]:
+def load_params(
+    model_dir: str | Path, dtype: Any = None, shardings: Any = None, only: Sequence[str] = ()
+) -> dict[str, Any]:
     """Restore the parameters with Orbax, straight into their shards.
 
     Args:
@@ -178,9 +198,14 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
             one.
         shardings: None (this process's first device), one sharding for all, or a dictionary of them, nested
             or by dotted path.
+        only: parts of the model by dotted path, such as "sam.mask_decoder"; nothing else is read. Empty: all.
 
     Returns:
         Nested dictionaries of `jax.Array`, keyed by the components of the dotted paths.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, or not of this kind.
+        ConfigError: the model has no part of a name in `only`.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -191,7 +216,7 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
     chunks = store.check_params(folder, model_leaves(record.config), stored)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = abstract_params(record.config, stored if dtype is None else dtype, shardings)
+    target = abstract_params(record.config, stored if dtype is None else dtype, shardings, only)
     # shards are read a few at a time: Orbax's default has the whole model in host memory at once
     flat = flatten(target)
     largest = max(
@@ -215,7 +240,10 @@ def load_params(model_dir: str | Path, dtype: Any = None, shardings: Any = None)
         try:
             restore_args = ocp.checkpoint_utils.construct_restore_args(target)
             return checkpointer.restore(
-                folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    item=target, restore_args=restore_args, partial_restore=bool(only)
+                ),
             )
         except (OSError, ValueError) as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from read_jax import cli
 from read_jax.errors import CheckpointError
 from read_jax.training.checkpoint import FOLDER, Checkpoints
 from read_jax.training.config import CheckpointConfig, StartConfig, TrainConfig, ValidationConfig
@@ -17,6 +18,7 @@ from read_jax.training.finish import finish
 from read_jax.training.lora import LoraConfig
 from read_jax.training.step import TrainState
 from read_jax.weights.checkpoint import PARAMS, load_record
+from read_jax.weights.export import export
 from read_jax.weights.store import read_slice
 from tests.training.tiny import write_model
 
@@ -92,6 +94,20 @@ def test_of_a_run_with_an_average_the_best_is_what_was_scored(run, tmp_path):
     meta.write_text(json.dumps(found))
     finish(tmp_path / "run", tmp_path / "model", best=True)
     np.testing.assert_array_equal(kernel(tmp_path / "model"), kernel(start))  # the average is of zeros
+
+
+def test_a_runs_folder_is_exported_with_its_adapters_merged(run, tmp_path, capsys):
+    _, workdir, _ = run
+    assert cli.main(["export", str(workdir), "--output", str(tmp_path / "of-run")]) == 0
+    assert "merged after 3 updates" in capsys.readouterr().err
+    finish(workdir, tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "of-model")
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        for name in ("of-run", "of-model")
+    )
+    assert ours == theirs and ours
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "of-model", "of-run"]
 
 
 def test_a_base_that_is_elsewhere_now_is_asked_for(run, tmp_path):

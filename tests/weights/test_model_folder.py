@@ -16,7 +16,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from read_jax.errors import CheckpointError
+from read_jax.errors import CheckpointError, ConfigError
 from read_jax.models.read import Read
 from read_jax.weights import convert, inspect, load_config, load_params, store
 from read_jax.weights.checkpoint import flatten, model_leaves
@@ -85,6 +85,18 @@ def test_load_params_casts(small):
     for path, value in flatten(params).items():
         assert value.dtype == jnp.bfloat16
         np.testing.assert_array_equal(value, flatten(exact)[path].astype(jnp.bfloat16))
+
+
+def test_parts_of_a_model_are_restored_alone(small):
+    whole = flatten(load_params(small))
+    parts = flatten(load_params(small, dtype=jnp.bfloat16, only=("sam.mask_decoder", "text_projection.fc1")))
+    assert {*parts} == {
+        path for path in whole if path.startswith(("sam.mask_decoder.", "text_projection.fc1."))
+    }
+    for path, value in parts.items():
+        np.testing.assert_array_equal(value, whole[path].astype(jnp.bfloat16))
+    with pytest.raises(ConfigError, match=r"no part 'sam\.mask'; it has .*sam\.mask_decoder"):
+        load_params(small, only=("sam.mask",))
 
 
 SHARDED = """
