@@ -299,6 +299,8 @@ class TrainConfig(Config):
             del data[key]
         for key in ("data_dir", "workers", "buffer", "max_bad_share"):
             del data["data"][key]
+        for key in ("micro_batches", "remat"):  # how a batch fits onto the devices, which may be others
+            del data["step"][key]
         if data["data"].pop("features"):
             data["data"]["features"] = "used"  # their content follows from the base
         del data["start"]["model"], data["start"]["tokenizer"]  # by content: the base's fingerprint

@@ -44,7 +44,8 @@ class StepConfig(Config):
     """How a batch becomes an update.
 
     Attributes:
-        micro_batches: parts the batch is cut into, one after the other through the model; same result.
+        micro_batches: parts the batch is cut into, one after the other through the model; same result, but
+            for what the adapters' dropout draws.
         remat: recompute the language model's activations in the backward pass: all of them (True), none
             (False), or all but the results of its weights' matrix products ("dots").
         ema_decay: of the moving average of the parameters, or (1 + n) / (10 + n) after n updates if that is
