@@ -45,7 +45,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "table": (FSDP, TENSOR),  # the width in the vocabulary's tables
     "looked_up": (DATA,),  # pictures, while the width of their embeddings is shared as the table's
     "heads": (TENSOR,),  # all heads' channels, whole heads together
-    "adapted": (TENSOR, FSDP),  # heads' channels in adapters, cut further: gathered, they are whole heads
+    "adapted": (TENSOR, FSDP),  # heads' or hidden channels in adapters, cut further
     "mlp": (TENSOR,),
     "layers": (),
     "vocab": (),
@@ -67,6 +67,10 @@ RULES: tuple[tuple[str, str], ...] = (
     ("llama.layers.attn.o_proj.lora_b", "layers rank embed"),
     ("llama.layers.mlp.down_proj.kernel", "layers mlp embed"),
     ("llama.layers.mlp.*_proj.kernel", "layers embed mlp"),
+    ("llama.layers.mlp.down_proj.lora_a", "layers adapted rank"),
+    ("llama.layers.mlp.down_proj.lora_b", "layers rank embed"),
+    ("llama.layers.mlp.*_proj.lora_a", "layers embed rank"),
+    ("llama.layers.mlp.*_proj.lora_b", "layers rank adapted"),
     ("clip.layers.attn.out_proj.kernel", "layers heads embed"),
     ("clip.layers.attn.[qkv]_proj.kernel", "layers embed heads"),
     ("clip.layers.attn.[qkv]_proj.bias", "layers heads"),

@@ -38,7 +38,7 @@ from read_jax.sharding import (
     tree_shardings,
 )
 from read_jax.training.config import TINY
-from read_jax.training.lora import TARGETS, LoraConfig, add_adapters
+from read_jax.training.lora import ATTENTION, TARGETS, LoraConfig, add_adapters
 from read_jax.training.optimizer import OptimizerConfig, make_optimizer
 from read_jax.weights.checkpoint import model_leaves
 
@@ -54,9 +54,10 @@ def shapes_of(config, rank=64):
     """Shapes of a model's parameters by path, with adapters everywhere."""
     shapes = {path: leaf.shape for path, leaf in model_leaves(config).items()}
     for name in TARGETS:
-        depth, inputs, outputs = shapes[f"llama.layers.attn.{name}.kernel"]
-        shapes[f"llama.layers.attn.{name}.lora_a"] = depth, inputs, rank
-        shapes[f"llama.layers.attn.{name}.lora_b"] = depth, rank, outputs
+        layer = f"llama.layers.{'attn' if name in ATTENTION else 'mlp'}.{name}"
+        depth, inputs, outputs = shapes[f"{layer}.kernel"]
+        shapes[f"{layer}.lora_a"] = depth, inputs, rank
+        shapes[f"{layer}.lora_b"] = depth, rank, outputs
     return shapes
 
 

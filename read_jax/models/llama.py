@@ -77,7 +77,7 @@ class LlamaAttention(nnx.Module):
         self, x: Array, cos: Array, sin: Array, dropout_key: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """[B, Q, T, D] -> rotated queries [B, Q, T, H, K], rotated keys and values [B, Q, T, G, K]."""
-        keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        keys = _split_key(dropout_key, 3)
 
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
@@ -86,9 +86,9 @@ class LlamaAttention(nnx.Module):
         k = apply_rotary(heads(self.k_proj(x, dropout_key=keys[1])), cos, sin)
         return q, k, heads(self.v_proj(x, dropout_key=keys[2]))
 
-    def output(self, x: Array) -> Array:
+    def output(self, x: Array, dropout_key: Array | None = None) -> Array:
         """[B, Q, T, H, K] -> [B, Q, T, D]."""
-        return self.o_proj(x.reshape(*x.shape[:-2], -1))
+        return self.o_proj(x.reshape(*x.shape[:-2], -1), dropout_key=dropout_key)
 
 
 class LlamaMlp(nnx.Module):
@@ -100,9 +100,11 @@ class LlamaMlp(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size, **kinds)
         self.down_proj = linear(config.intermediate_size, config.hidden_size, **kinds)
 
-    def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
+        """[..., D] -> [..., D]; the key is for the dropout of adapters."""
+        keys = _split_key(dropout_key, 3)
+        hidden = jax.nn.silu(self.gate_proj(x, dropout_key=keys[0])) * self.up_proj(x, dropout_key=keys[1])
+        return self.down_proj(hidden, dropout_key=keys[2])
 
 
 class LlamaLayer(nnx.Module):
@@ -179,14 +181,14 @@ class Llama(nnx.Module):
 
         def body(layer: LlamaLayer, x: Array, xs: tuple[KeyValues | None, Array | None]) -> Any:
             prefix, key = xs
-            x = constrain(x, "batch")
-            q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, key)
+            x, drop = constrain(x, "batch"), _split_key(key, 2)
+            q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, drop[0])
             if prefix is not None:
                 out = prefix_attention(q, prefix.keys, prefix.values, k, v, mask=causal)
             else:
                 rows = [y.reshape(-1, *y.shape[2:]) for y in (q, k, v)]
                 out = packed_attention(rows[0], rows[1], rows[2], Packed(x.shape[2])).reshape(q.shape)
-            return self._finish(layer, x, out), KeyValues(k, v)
+            return self._finish(layer, x, out, drop[1]), KeyValues(k, v)
 
         x, own = scan_layers(self.layers, x, body, (prefix, keys), remat=remat)
         return self.norm(x), own
@@ -219,9 +221,9 @@ class Llama(nnx.Module):
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def body(layer: LlamaLayer, x: Array, key: Array | None) -> tuple[Array, None]:
-            x = constrain(x, "batch")
-            q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, key)
-            return self._finish(layer, x, packed_attention(q, k, v, layout)), None
+            x, drop = constrain(x, "batch"), _split_key(key, 2)
+            q, k, v = layer.attn.project(layer.input_norm(x), cos, sin, drop[0])
+            return self._finish(layer, x, packed_attention(q, k, v, layout), drop[1]), None
 
         joined = jnp.concatenate([prefix, x.reshape(images, questions * length, -1)], axis=1)
         joined, _ = scan_layers(self.layers, joined, body, keys, remat=remat)
@@ -272,9 +274,15 @@ class Llama(nnx.Module):
         return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @staticmethod
-    def _finish(layer: LlamaLayer, x: Array, attended: Array) -> Array:
-        x = x + layer.attn.output(attended)
-        return x + layer.mlp(layer.post_norm(x))
+    def _finish(layer: LlamaLayer, x: Array, attended: Array, dropout_key: Array | None = None) -> Array:
+        drop = _split_key(dropout_key, 2)
+        x = x + layer.attn.output(attended, drop[0])
+        return x + layer.mlp(layer.post_norm(x), drop[1])
+
+
+def _split_key(key: Array | None, number: int) -> Any:
+    """So many random keys of one, or so many None."""
+    return [None] * number if key is None else jax.random.split(key, number)
 
 
 def _attend(q: Array, k: Array, v: Array, prefix: KeyValues | None, mask: Array) -> Array:

@@ -18,12 +18,13 @@ from read_jax.errors import ConfigError
 from read_jax.models.layers import Linear
 from read_jax.models.llama import Llama
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+TARGETS = (*ATTENTION, *MLP)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Config):
-    """Which projections of the language model's attention are adapted, and how.
+    """Which projections of the language model's layers are adapted, and how.
 
     The original: rank 8 from SESAME, 64 from scratch, alpha twice the rank, dropout 0.05, on q and v.
     """
@@ -48,10 +49,15 @@ class LoraConfig(Config):
         return self.alpha / self.rank
 
 
+def adapted_layer(llama: Llama, target: str) -> Linear:
+    """The projection of that name, of all layers in one stack."""
+    return getattr(llama.layers.attn if target in ATTENTION else llama.layers.mlp, target)
+
+
 def add_adapters(llama: Llama, config: LoraConfig, rngs: nnx.Rngs) -> None:
     """Give the targeted projections of every layer a float32 adapter, in place."""
     for target in config.targets:
-        layer: Linear = getattr(llama.layers.attn, target)
+        layer = adapted_layer(llama, target)
         layers, inputs, outputs = layer.kernel[...].shape
         bound = 1 / math.sqrt(inputs)
         a = jax.random.uniform(rngs.params(), (layers, inputs, config.rank), jnp.float32, -bound, bound)
