@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from read_jax.errors import ConfigError
 from read_jax.models import attention as door
 from read_jax.models.attention import attention, packed_attention
-from read_jax.models.kernels import LANES, Packed, padded_size, splash_attention
+from read_jax.models.kernels import LANES, Packed, cudnn_attention, padded_size, splash_attention
 from tests.models.parameters import assert_close
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -178,3 +178,22 @@ def test_splash_attention_equals_the_plain_one_at_full_length(monkeypatch, layou
         v,
         weights,
     )
+
+
+@pytest.mark.parametrize("layout", [Packed(150, 3, 40), Packed(256)], ids=["filled", "prefix-alone"])
+def test_cudnn_is_asked_for_what_the_plain_one_computes(monkeypatch, layout):
+    """Its mask, scale and filling, with XLA's own attention in cuDNN's place, which needs a GPU."""
+    asked, attend = [], jax.nn.dot_product_attention
+
+    def instead(*operands, implementation, **others):
+        asked.append((implementation, operands[0].shape[1]))
+        return attend(*operands, implementation="xla", **others)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    compare(
+        lambda *a: cudnn_attention(*a, layout),
+        lambda *a: packed_attention(*a, layout),
+        *draw(layout.tokens, 4, 2, 32, 32),
+    )
+    assert {name for name, _ in asked} == {"cudnn"}
+    assert all(size % LANES == 0 for _, size in asked)  # it trains on even lengths alone
