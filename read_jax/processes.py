@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import secrets
 import socket
 import sys
@@ -54,9 +55,10 @@ def join(
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ConfigError(f"there is no process {process} among {processes}; they count from 0.")
     if coordinator:
+        host, port = _address(coordinator)
         print(f"waiting at most {wait} s for {processes} processes at {coordinator} ...", file=sys.stderr)
         if process:
-            _knock(coordinator, wait)
+            _knock(host, port, wait)
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator,
@@ -81,20 +83,28 @@ def join(
     _joined = True
 
 
-def _knock(coordinator: str, wait: int) -> None:
+def _address(coordinator: str) -> tuple[str, int]:
+    """Host and port; raises `ConfigError` for what is none: JAX would abort, or wait for nobody."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(\d{1,5})", coordinator)
+    if not match or not 0 < int(match[2]) < 2**16:
+        raise ConfigError(
+            f"--coordinator must be HOST:PORT with a port from 1 to 65535, for example 10.0.0.2:8476, not "
+            f"{coordinator!r}."
+        )
+    return match[1].strip("[]"), int(match[2])
+
+
+def _knock(host: str, port: int, wait: int) -> None:
     """Wait until somebody listens there: JAX itself would end the process without a word that helps."""
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator must be HOST:PORT, not {coordinator!r}.")
     until = time.monotonic() + wait
     while True:
         try:
-            with socket.create_connection((host, int(port)), timeout=5):
+            with socket.create_connection((host, port), timeout=5):
                 return
         except OSError as error:
             if time.monotonic() > until:
                 raise ReadJaxError(
-                    f"nobody listens at {coordinator} after {wait} s ({error}): process 0 is not running, or "
+                    f"nobody listens at {host}:{port} after {wait} s ({error}): process 0 is not running, or "
                     "a firewall is between."
                 ) from error
             time.sleep(0.2)

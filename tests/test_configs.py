@@ -18,8 +18,8 @@ from read_jax.data.sources import FAMILIES
 from read_jax.errors import ConfigError
 from read_jax.models.read import Read
 from read_jax.training.config import StartConfig, load_config, recipe, recipe_names, recipes_folder
-from read_jax.training.lora import add_adapters
-from read_jax.training.optimizer import make_optimizer
+from read_jax.training.lora import LoraConfig, add_adapters
+from read_jax.training.optimizer import OptimizerConfig, make_optimizer
 from read_jax.training.step import init_state, split_model
 
 NAMES = recipe_names()
@@ -182,6 +182,28 @@ def test_a_file_of_ones_own_may_build_on_a_recipe(tmp_path):
     path.write_text(path.read_text().replace("lora.rank", "lora.ranks"))
     with pytest.raises(ConfigError, match=r"mine\.py gives no configuration: .*ranks"):
         load_config(str(path))
+
+
+def test_a_file_may_give_only_what_differs_from_the_defaults(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict({'updates': 3, 'lora': {'rank': 4}, 'data': {'mixture': 'reasonseg'}})\n"
+    )
+    config = load_config(str(path), ["lora.alpha=3", "optimizer.b2=0.9"])
+    assert (config.updates, config.lora, config.data.mixture) == (3, LoraConfig(4, 3.0), "reasonseg")
+    assert config.optimizer == OptimizerConfig(b2=0.9)
+    assert load_config(f"{path}:runlocal").start.scratch is not None
+    path.write_text(path.read_text().replace("rank", "rnk"))
+    with pytest.raises(ConfigError, match=r"config\.lora has no key 'rnk'; the nearest known key is 'rank'"):
+        load_config(str(path), ["lora.alpha=3"])
+
+
+def test_a_source_is_added_by_its_name_whatever_is_in_it():
+    config = load_config("nano_scenes", ["data.rates.scenes|val=1", "data.rates./my.data/a.jsonl=2.5"])
+    assert config.data.rates["scenes|val"] == 1 and config.data.rates["/my.data/a.jsonl"] == 2.5
+    assert config.data.rates["scenes|train"] == 4.0
 
 
 def test_a_recipe_does_not_change_another():

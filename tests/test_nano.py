@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import read_jax
+from read_jax import cli
 from read_jax.data import load_source
 from read_jax.errors import CheckpointError
 from read_jax.weights.checkpoint import BUNDLED_MODELS, load_record, model_folder
@@ -35,6 +37,13 @@ def test_a_model_folder_of_that_name_goes_first_and_any_other_folder_does_not(tm
     assert model_folder("nano") == BUNDLED_MODELS / "nano"
     (tmp_path / "nano" / "config.json").write_text('{"read_jax_version": "1"}')
     assert model_folder("nano") == Path("nano")
+
+
+def test_it_answers_without_being_told_where_to_put_the_answer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DATA / "drawn.png", "photo.png")
+    assert cli.main(["segment", "nano", "photo.png", "--prompt", "the wheel above the blue lamp"]) == 0
+    assert {"result.json", "photo_1_overlay.png"} <= {file.name for file in Path("photo-answers").iterdir()}
 
 
 def test_another_name_is_no_model():

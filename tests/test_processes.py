@@ -250,6 +250,16 @@ def test_half_of_what_finds_the_others_is_refused(given):
         join(*given)
 
 
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize(
+    "address", ["foo", "localhost:", ":80", "localhost:0", "localhost:99999", "http://h:80"]
+)
+def test_what_is_no_address_is_refused_before_anybody_waits(address, process, capsys):
+    with pytest.raises(ConfigError, match="must be HOST:PORT with a port from 1 to 65535"):
+        join(address, 2, process)
+    assert "waiting" not in capsys.readouterr().err
+
+
 def test_a_number_beyond_the_processes_is_refused():
     with pytest.raises(ConfigError, match="no process 2 among 2"):
         join("localhost:1", 2, 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,8 @@ def add_plan(commands: Any) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="train: data, fsdp, tensor in every slice (default: the recipe's); evaluate, serve: tensor=N, "
-        "chips that share a model (1)",
+        help="train: data, fsdp, tensor in every slice (default: what suits by our own count); evaluate, "
+        "serve: tensor=N, chips that share a model (1)",
     )
     parser.add_argument(
         "--batch",
@@ -87,11 +89,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.price is not None and arguments.pictures is None:
         raise ConfigError("--price is for an epoch: give its --pictures too.")
     for name in ("pictures", "price"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
-            raise ConfigError(f"--{name} must be positive.")
-    for file in filter(None, (arguments.json, arguments.save)):
-        if not Path(file).expanduser().absolute().parent.is_dir():  # known before minutes of compiling
+        if getattr(arguments, name) is not None and not 0 < getattr(arguments, name) < math.inf:
+            raise ConfigError(f"--{name} must be a positive number.")
+    for file in filter(None, (arguments.json, arguments.save)):  # known before minutes of compiling
+        path = Path(file).expanduser().absolute()
+        if not path.parent.is_dir():
             raise ConfigError(f"there is no folder for {file}.")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{file} cannot be written: it is a folder, or in one that is read-only.")
     return _plan_training(arguments) if training else _plan_answering(arguments)
 
 
@@ -109,10 +114,20 @@ def _plan_training(arguments: argparse.Namespace) -> int:
     changes = list(arguments.changes)
     if arguments.batch is not None:
         changes.append(f"data.global_batch={arguments.batch}")
-    changes += _mesh_changes(arguments.mesh, arguments.slices)
-    config = load_config(arguments.config, changes)
+    placed = _mesh_changes(arguments.mesh, arguments.slices)
+    changed = [change.partition("=")[0] for change in (*changes, *placed)]
+    parted = "step.micro_batches" in changed
+    # how many parts the recipe has was chosen for another machine
+    config = load_config(arguments.config, [*changes, *placed, *([] if parted else ["step.micro_batches=1"])])
     setup = set_up(config, architecture(config, arguments.model))
     mesh = config.mesh
+    if not arguments.search and not any(key in changed for key in ("mesh.data", "mesh.fsdp", "mesh.tensor")):
+        mesh = _suggested(search(setup, arguments.topology, mesh.slices), config.step).mesh
+        print(f"no --mesh was given; by our own count this one suits: {_in_words(mesh)}", file=sys.stderr)
+    if not arguments.search and not parted:
+        wanted = load_config(arguments.config, arguments.changes).step.micro_batches
+        setup = setup.with_step(micro_batches=_parts(setup, arguments.topology, mesh, wanted))
+        print(f"parts of the batch (step.micro_batches): {setup.config.step.micro_batches}", file=sys.stderr)
     if arguments.search:
         if arguments.mesh:
             raise ConfigError("--search looks for the mesh: leave --mesh away.")
@@ -138,6 +153,25 @@ def _plan_training(arguments: argparse.Namespace) -> int:
     if arguments.save and plan.serialized:
         write_file(Path(arguments.save).expanduser(), plan.serialized)
     return 0 if plan.fits else 1
+
+
+def _suggested(found: list[Any], step: Any) -> Any:
+    """Of a search's candidates the best that recomputes as the recipe does."""
+    return next((c for c in found if c.remat == step.remat), found[0])
+
+
+def _parts(setup: Any, topology: str, mesh: Any, wanted: int) -> int:
+    """Parts of a batch that the devices of a mesh can share, as near as can be to those wanted."""
+    from read_jax.planning.plan import mesh_of
+    from read_jax.sharding import batch_devices
+
+    each, left = divmod(setup.config.data.global_batch, batch_devices(mesh_of(topology, mesh)))
+    possible = [n for n in range(1, each + 1) if each % n == 0] if not left else []
+    return min(possible, key=lambda n: (abs(n - wanted), n), default=1)  # 1 is refused, with the reason
+
+
+def _in_words(mesh: Any) -> str:
+    return ",".join(f"{axis}={getattr(mesh, axis)}" for axis in ("data", "fsdp", "tensor"))
 
 
 def _plan_answering(arguments: argparse.Namespace) -> int:
@@ -171,20 +205,29 @@ def _write_json(path: str | None, data: dict[str, Any]) -> None:
 
 
 def _group(mesh: str | None) -> int:
-    """Chips that share a model, of "tensor=N"; raises `ConfigError` for any other mesh."""
+    """Chips that share a model, of "tensor=N", other axes being 1; raises `ConfigError` for another mesh."""
     from read_jax.errors import ConfigError
 
-    if mesh is None:
-        return 1
-    name, _, size = mesh.partition("=")
-    if name != "tensor" or not size.isdecimal() or int(size) < 1:
-        raise ConfigError(f"to answer, chips share a model by --mesh tensor=N, not {mesh}.")
-    return int(size)
+    sizes: dict[str, str] = {}
+    for part in mesh.split(",") if mesh else ():
+        axis, _, size = part.partition("=")
+        sizes[axis] = size
+    tensor = sizes.pop("tensor", "1")
+    if not tensor.isdecimal() or int(tensor) < 1 or any(size != "1" for size in sizes.values()):
+        raise ConfigError(f"to answer, chips share a model by --mesh tensor=N alone, not {mesh}.")
+    if not set(sizes) <= {"data", "fsdp"}:
+        raise ConfigError(f"--mesh {mesh}: the axes are data, fsdp and tensor.")
+    return int(tensor)
 
 
 def _mesh_changes(mesh: str | None, slices: int | None) -> list[str]:
     """As changes of the configuration."""
+    from read_jax.errors import ConfigError
+
     changes = [] if mesh is None else [f"mesh.{part}" for part in mesh.split(",")]
+    axes = [part.partition("=")[0] for part in changes]
+    if len(set(axes)) < len(axes):
+        raise ConfigError(f"--mesh {mesh} says twice how many one of its axes has.")
     if mesh is not None and not any(part.startswith("mesh.data=") for part in changes):
         changes.append("mesh.data=-1")
     return changes + ([f"mesh.slices={slices}"] if slices is not None else [])

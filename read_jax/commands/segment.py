@@ -30,7 +30,11 @@ def add_segment(commands: Any) -> None:
         help="question in plain words, such as 'Where is the dog? Please output segmentation mask.'; may be "
         "repeated",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for the results (default: NAME-answers, after the picture, or answers for several)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results in DIR")
     parser.add_argument(
         "--conversation",
@@ -100,7 +104,9 @@ def _segment(arguments: argparse.Namespace) -> None:
     check_sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
     for prompt in arguments.prompts:
         check_question(prompt)
-    output = ResultFolder(arguments.output, header, overwrite=arguments.overwrite)
+    pictures = arguments.images
+    chosen = arguments.output or (f"{Path(pictures[0]).stem}-answers" if len(pictures) == 1 else "answers")
+    output = ResultFolder(chosen, header, overwrite=arguments.overwrite)
     config = load_config(arguments.model)
     tokenizer = Tokenizer.load(model_folder(arguments.model) / UPSTREAM)
     for prompt in arguments.prompts:

@@ -12,6 +12,7 @@ from typing import Any
 
 from read_jax.commands.shared import Progress, command
 from read_jax.config import SASP_PRESETS
+from read_jax.errors import ConfigError
 
 
 def add_convert(commands: Any) -> None:
@@ -89,6 +90,8 @@ def add_export(commands: Any) -> None:
         help="model folder made by read-jax convert, or nano; or a training run's folder, whose newest "
         "checkpoint is merged first",
     )
+    parser.add_argument("--best", action="store_true", help="of a run: as for read-jax merge")
+    parser.add_argument("--average", action="store_true", help="of a run: as for read-jax merge")
     parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument(
         "--format",
@@ -102,7 +105,7 @@ def add_export(commands: Any) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from read_jax.weights.export import export
 
-    with _merged(arguments.model, arguments.output) as model, Progress("exporting", "B") as progress:
+    with _merged(arguments) as model, Progress("exporting", "B") as progress:
         summary = export(
             model,
             arguments.output,
@@ -114,12 +117,16 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _merged(folder: str, output: str) -> Iterator[str | Path]:
+def _merged(arguments: argparse.Namespace) -> Iterator[str | Path]:
     """A model folder: this one, or what merging a run's gives, beside the output as long as it is needed."""
     from read_jax.weights.checkpoint import is_model_folder
 
+    folder, output = arguments.model, arguments.output
+    chosen = {"best": arguments.best, "average": arguments.average}
     checkpoints = Path(folder).expanduser() / "checkpoints"
     if is_model_folder(Path(folder).expanduser()) or not checkpoints.is_dir():
+        if any(chosen.values()):
+            raise ConfigError(f"--best and --average choose among a run's checkpoints; {folder} is no run's.")
         yield folder
         return
     from read_jax.training.finish import finish
@@ -127,7 +134,7 @@ def _merged(folder: str, output: str) -> Iterator[str | Path]:
     beside = Path(output).expanduser().absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".read-jax-merged-", dir=beside) as merged:
-        record = finish(folder, Path(merged) / "model")
+        record = finish(folder, Path(merged) / "model", **chosen)
         print(f"{folder}: merged after {record.source['trained_updates']} updates", file=sys.stderr)
         yield Path(merged) / "model"
 
@@ -135,9 +142,17 @@ def _merged(folder: str, output: str) -> Iterator[str | Path]:
 def add_inspect(commands: Any) -> None:
     parser = command(commands, "inspect", _inspect, "say what a model folder holds")
     parser.add_argument("model", metavar="MODEL_DIR", help="model folder made by read-jax convert, or nano")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read all parameters too, and hold them against their fingerprint",
+    )
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from read_jax.weights.checkpoint import inspect
+    from read_jax.weights.checkpoint import check_content, inspect
 
     print(inspect(arguments.model))
+    if arguments.check:
+        check_content(arguments.model)
+        print("every parameter is as it was written")

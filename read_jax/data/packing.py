@@ -146,7 +146,7 @@ class Packer:
 
         The picture is put before the first question, wherever the dataset marks it.
         Raises `PromptError` when a text holds control tokens or the separator of question and answer, an
-        answer is empty, there are several [SEG], or the only one lies beyond T.
+        answer is empty, there are several [SEG], or the only one, or all of the answers, lie beyond T.
         """
         for question, answer in row.turns:
             check_question(question, self.tokenizer, self.template)
@@ -166,6 +166,10 @@ class Packer:
         if len(places) and places[0] >= self.limits.tokens:
             raise PromptError(
                 f"[SEG] is token {places[0] + 1} of its row, beyond the limit of {self.limits.tokens}."
+            )
+        if not np.any(own_labels[1 : self.limits.tokens] != IGNORE_INDEX):
+            raise PromptError(
+                f"the answer begins beyond the limit of {self.limits.tokens} tokens: nothing of it is left."
             )
         seg_at = int(places[0]) - 1 if len(places) else -1
         mask = row.mask if len(places) else None

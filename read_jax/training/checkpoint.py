@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -56,7 +57,8 @@ class Checkpoints:
         folder: where they are.
         config: how many to keep.
         identity: JSON of what a checkpoint belongs to; another's is refused. Its "base" is the model folder
-            {"path", "fingerprint"}, of which the fingerprint counts.
+            {"path", "fingerprint", "frozen"}, of which the fingerprint, that its config.json states, and the
+            digest of the frozen parameters as they were loaded count (see `digest`).
         say: told, in words, of what went wrong and how it was dealt with.
     """
 
@@ -261,6 +263,12 @@ class Checkpoints:
                 f"the checkpoint after {step} updates in {self._folder} is of another configuration: "
                 f"{'; '.join(found[:5])}. Continue with the same one, or use another workdir."
             )
+        if base.get("frozen", own.get("frozen")) != own.get("frozen"):  # runs of before did not know theirs
+            raise CheckpointError(
+                f"the parameters in {own['path']} are not those that the checkpoint after {step} updates in "
+                f"{self._folder} was trained from, though its config.json says so: they were changed, or are "
+                "damaged. Put the model folder back as it was."
+            )
 
     def _set_aside(self, step: int) -> None:
         aside = self._folder.parent / "damaged"
@@ -378,9 +386,15 @@ def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
     return {name: int(_checksum(leaf)) for name, leaf in leaves.items()}
 
 
+def digest(leaves: Mapping[str, jax.Array]) -> str:
+    """Of all the leaves together, by their checksums."""
+    return hashlib.sha256(json.dumps(checksums(leaves), sort_keys=True).encode()).hexdigest()
+
+
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
     # places along every axis: another order, or a part in another place, gives another sum
     for axis in range(bits.ndim):
         place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)

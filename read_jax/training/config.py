@@ -32,6 +32,7 @@ from read_jax.training.optimizer import OptimizerConfig
 from read_jax.training.step import TRAINABLE, StepConfig, is_chosen
 
 RUNLOCAL = "runlocal"
+_NAMED_FREELY = "data.rates."
 ENCODERS = ("clip", "sam.image_encoder")
 """Dotted paths of the vision encoders."""
 
@@ -360,6 +361,7 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     config = recipe(base)
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config() of {base} must return a ConfigDict, not {type(config).__name__}.")
+    config = ConfigDict(_completed(config.to_dict(), TrainConfig().to_dict()))
     if variant:
         config = runlocal(config)
     data = config.to_dict()
@@ -368,10 +370,24 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     return TrainConfig.from_dict(data, "config")
 
 
+def _completed(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings with the defaults of those it does not mention."""
+    inner = {
+        key: _completed(given[key], value)
+        for key, value in defaults.items()
+        if isinstance(value, dict) and isinstance(given.get(key), dict)
+    }
+    return {**defaults, **given, **inner}
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"{override!r} changes nothing; write KEY=VALUE.")
+    if path.startswith(_NAMED_FREELY):  # sources may be any, and files with dots in their names
+        rates = data["data"].setdefault("rates", {})
+        rates[path.removeprefix(_NAMED_FREELY)] = _value(text)
+        return
     *sections, key = path.split(".")
     where = "config"
     for section in sections:
@@ -409,8 +425,9 @@ def _value(text: str) -> Any:
 
 
 def runlocal(recipe: ConfigDict) -> ConfigDict:
-    """The recipe on a laptop: a tiny new model, drawn scenes, eight updates; all the rest as it is."""
+    """The recipe on a laptop: a tiny new model, all of it trained, drawn scenes, eight updates."""
     start: Any = recipe.start
+    data: Any = recipe.data
     small = TrainConfig(
         start=StartConfig(scratch=TINY, sasp=start.sasp, continuous=start.continuous),
         data=DataConfig(
@@ -419,6 +436,9 @@ def runlocal(recipe: ConfigDict) -> ConfigDict:
             tokens=320,
             mask_canvas=(128, 128),
             workers=0,
+            compat=data.compat,
+            false_premises=data.false_premises,
+            templates=data.templates,
         ),
         validation=ValidationConfig("scenes|val", every=4, limit=4, batch=4, pictures=2),
         checkpoints=CheckpointConfig(every=4, keep=1),
@@ -428,8 +448,7 @@ def runlocal(recipe: ConfigDict) -> ConfigDict:
     with config.unlocked(), config.ignore_type():
         for section in ("start", "data", "mesh", "validation", "checkpoints", "log"):
             config[section] = small[section]
-        config.trainable = ("all",)
-        config.lora = None
+        config.trainable = ("all",)  # adapters too, where the recipe has them
         config.dtype = "float32"
         config.updates = None
         config.step.micro_batches = 2

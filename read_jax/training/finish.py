@@ -19,6 +19,7 @@ from read_jax.weights.checkpoint import (
     PARAMS,
     UPSTREAM,
     ModelRecord,
+    check_content,
     load_record,
     model_folder,
     model_leaves,
@@ -51,7 +52,7 @@ def finish(
         base: where the model folder is now that training started from, if it was moved.
         overwrite: replace an existing model folder.
 
-    Raises `CheckpointError` when there is no such checkpoint, it is damaged, or the base is another.
+    Raises `CheckpointError` when there is no such checkpoint, or it or the base is damaged, or another.
     """
     folder = Path(workdir).expanduser().absolute() / FOLDER
     steps = sorted(int(f.name) for f in folder.glob("*") if f.name.isdigit())
@@ -83,6 +84,7 @@ def finish(
             f"{model_dir} is not the model that {workdir} was trained from: its fingerprint is "
             f"{record.fingerprint}, not {identity['base']['fingerprint']}."
         )
+    check_content(model_dir)
     config = TrainConfig.from_dict(identity["config"])
     average = average or (best and config.step.ema_decay > 0)
     trained = _trained(chosen, meta, "ema" if average else "params")
@@ -138,6 +140,8 @@ def _trained(checkpoint: Path, meta: Mapping[str, Any], part: str) -> dict[str, 
     import orbax.checkpoint as ocp
 
     names = [name for name in meta["checksums"] if name.startswith(f"{part}.")]
+    if not names:
+        return {}
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     try:
         with quiet(), ocp.PyTreeCheckpointer() as checkpointer:

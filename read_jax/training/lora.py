@@ -37,6 +37,8 @@ class LoraConfig(Config):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"the rank of LoRA must be at least 1, not {self.rank}.")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"the alpha of LoRA must be a positive number, not {self.alpha}.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"the dropout of LoRA must be at least 0 and below 1, not {self.dropout}.")
         wrong = sorted(set(self.targets) - set(TARGETS))

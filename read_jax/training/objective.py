@@ -9,6 +9,7 @@ nothing is kept for the backward pass of what does not depend on them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,8 +55,8 @@ class LossWeights(Config):
     first_token: float = 0.0
 
     def __post_init__(self) -> None:
-        if any(not value >= 0 for value in dataclasses.astuple(self)):
-            raise ConfigError(f"loss weights must not be negative: {self}.")
+        if any(not 0 <= value < math.inf for value in dataclasses.astuple(self)):
+            raise ConfigError(f"loss weights must be finite and not negative: {self}.")
         if not any(dataclasses.astuple(self)):
             raise ConfigError("all loss weights are zero: there is nothing to learn.")
 
@@ -149,8 +150,10 @@ def forward(
     features = ImageFeatures(*(constrain(x, "batch") for x in features))
     prefix = model.embed_prefix(jnp.asarray(prefix_ids), features.image_tokens, image_start)
     ids = jnp.asarray(batch.question_ids)
-    # looked up by width, as the table lies, and then brought to the pictures; gradients go the same way back
+    # looked up by width, as the table lies, and then brought to the pictures; gradients go the same way back.
+    # In two steps: from both axes at once the compiler would gather all pictures of a group whole
     x = constrain(model.llama.embed(constrain(ids, "looked_up")), "looked_up", None, None, "table")
+    x = constrain(x, "looked_up", None, None, "embed")
     states = model.llama.with_prefix(prefix, constrain(x, "batch"), remat=remat, dropout_key=dropout_key)
     return Forward(features, *states)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class OptimizerConfig(Config):
         learning_rate: the peak.
         schedule: "linear": linear warm-up from zero, then linear decay to zero at `total_updates`;
             "deepspeed": what DeepSpeed 0.10.3 makes of it, one update at the full rate, then the linear
-            schedule one update late; "constant": warm-up, then the peak.
+            schedule one update late, its warm-up at least two updates; "constant": warm-up, then the peak.
         warmup_updates, total_updates: in optimizer updates.
         b1, b2, eps, weight_decay: of AdamW.
         clip_norm: global norm that gradients are scaled down to.
@@ -56,16 +57,26 @@ class OptimizerConfig(Config):
         for name in ("learning_rate", "clip_norm", "eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("learning_rate", "eps"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, not {getattr(self, name)}.")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay must be a number of at least 0, not {self.weight_decay}.")
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate of update k = 0, 1, ...; traced or not."""
     warmup, total = config.warmup_updates, config.total_updates
+    if config.schedule == "deepspeed":
+        warmup = max(warmup, 2)
 
     def linear(update: Any) -> jax.Array:
         update = jnp.asarray(update, jnp.float32)
         rising = update / max(warmup, 1)
-        falling = 1.0 if config.schedule == "constant" else (total - update) / (total - warmup)
+        falling = 1.0 if config.schedule == "constant" else (total - update) / max(total - warmup, 1)
         return config.learning_rate * jnp.clip(jnp.where(update < warmup, rising, falling), 0.0, 1.0)
 
     def deepspeed(update: Any) -> jax.Array:

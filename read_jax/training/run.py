@@ -32,6 +32,7 @@ from read_jax.sharding import (
     tree_shardings,
 )
 from read_jax.text.tokenizer import Tokenizer
+from read_jax.training.checkpoint import digest, named_leaves
 from read_jax.training.config import DataConfig, TrainConfig
 from read_jax.training.features import open_features
 from read_jax.training.lora import add_adapters
@@ -170,6 +171,7 @@ def prepare(config: TrainConfig, workdir: Path) -> tuple[Run, TrainState]:
                 "path": str(folder),
                 "fingerprint": record.fingerprint,
                 "tokenizer": _digest(folder / UPSTREAM / "tokenizer.model"),
+                "frozen": digest(named_leaves(frozen)),
             },
         },
         description=(

@@ -50,14 +50,15 @@ class StepConfig(Config):
             (False), or all but the results of its weights' matrix products ("dots").
         ema_decay: of the moving average of the parameters, or (1 + n) / (10 + n) after n updates if that is
             less; 0 keeps none.
-        max_gradient_norm: an update whose gradient norm exceeds it is skipped, as one that is not finite.
+        max_gradient_norm: an update whose gradient norm, before clipping, exceeds it is skipped, as one that
+            is not finite; inf for no limit.
         seed: of the adapters' dropout.
     """
 
     micro_batches: int = 1
     remat: bool | Literal["dots"] = True
     ema_decay: float = 0.0
-    max_gradient_norm: float = float("inf")
+    max_gradient_norm: float = 1e4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,7 +97,8 @@ def split_model(model: Read, names: Sequence[str] = TRAINABLE) -> tuple[Any, Any
     """
     graphdef, trainable, frozen = nnx.split(model, is_trainable(names), ...)
     leaves = nnx.to_flat_state(trainable)
-    for name in names:
+    tied = {"llama.lm_head"} if model.config.llama.tie_word_embeddings else set()  # the embeddings are it
+    for name in set(names) - tied:
         found = any(
             is_chosen((name,), ".".join(map(str, path)), isinstance(leaf, LoraParam)) for path, leaf in leaves
         )
@@ -198,7 +200,9 @@ def make_train_step(
         gradients, losses, counts = gradients_of(state.params, frozen, batch, key, features)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        applied = jnp.isfinite(losses.total) & jnp.isfinite(norm) & (norm <= config.max_gradient_norm)
+        moved = optax.tree.norm(updates)
+        finite = jnp.isfinite(losses.total) & jnp.isfinite(norm) & jnp.isfinite(moved)
+        applied = finite & (norm <= config.max_gradient_norm)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
@@ -219,7 +223,7 @@ def make_train_step(
         )
         metrics = losses._asdict() | {
             "gradient_norm": norm,
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": moved,
             "parameter_norm": optax.tree.norm(after.params),
             "tokens": counts.tokens,
             "masks": counts.masks,

@@ -32,6 +32,8 @@ BUNDLED = ("nano",)
 """Models that come with the package, by name: nano is of `configs/nano_scenes.py`."""
 BUNDLED_MODELS = Path(__file__).parent.parent / "bundled"
 BUFFERS = "buffers.safetensors"
+SASP_KEY = "read_jax_sasp"
+"""Our key in an exported config.json: the point settings, for which the original has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,8 @@ def load_record(model_dir: str | Path) -> ModelRecord:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if not isinstance(data, dict) or "read_jax_version" not in data:
         hint = " It looks like a Hugging Face folder: convert it first." if "model_type" in data else ""
+        if (folder / "checkpoints").is_dir():
+            hint = " It is the folder of a training run: make a model folder of it with read-jax merge."
         raise CheckpointError(f"{folder} is not a model folder of this package.{hint}")
     if data.get("format") != FORMAT:
         raise CheckpointError(
@@ -299,6 +303,20 @@ class ModelInfo:
             f"  fingerprint  {record.fingerprint}",
         ]
         return "\n".join(lines)
+
+
+def check_content(model_dir: str | Path) -> None:
+    """Raise `CheckpointError` unless every parameter is bit for bit what was written; reads all of them."""
+    folder = model_folder(model_dir)
+    record = load_record(folder)
+    leaves = model_leaves(record.config)
+    store.check_params(folder / PARAMS, leaves, np.dtype(store.DTYPES[record.dtype]))
+    found = store.content_fingerprint(folder / PARAMS, leaves)
+    if found != record.fingerprint:
+        raise CheckpointError(
+            f"{folder} is damaged: the parameters have the fingerprint {found[:19]}, its {CONFIG} states "
+            f"{record.fingerprint[:19]}. Convert again, or copy it again."
+        )
 
 
 def inspect(model_dir: str | Path) -> ModelInfo:

@@ -16,7 +16,7 @@ import numpy as np
 
 from read_jax.errors import CheckpointError
 from read_jax.weights import checkpoint, engine, sources, store
-from read_jax.weights.checkpoint import BUFFERS, PARAMS, UPSTREAM
+from read_jax.weights.checkpoint import BUFFERS, PARAMS, SASP_KEY, UPSTREAM
 from read_jax.weights.folders import atomic_folder, check_output, check_space, fsync
 from read_jax.weights.tables import checkpoint_table
 
@@ -220,6 +220,11 @@ def _config_json(hf: dict[str, Any], record: checkpoint.ModelRecord) -> dict[str
     """Upstream's config.json, brought up to date with what the model has become."""
     config = record.config
     hf = {**hf, "vocab_size": config.llama.vocab_size, "torch_dtype": record.dtype}
+    if "trained_updates" in record.source:
+        # the original does not read it; without it, who converts the folder again would have to know
+        hf[SASP_KEY] = config.sasp.to_dict()
+        if config.sasp.enabled:  # whatever it began from
+            hf["architectures"] = ["READForCausalLM"]
     if record.source.get("kind") != "llava":
         return hf
     tower = str(record.source.get("vision_tower"))

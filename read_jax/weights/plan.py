@@ -15,6 +15,7 @@ from read_jax.config import SASP_PRESETS, ClipVisionConfig, LlamaConfig, ReadCon
 from read_jax.errors import CheckpointError, ReadJaxError
 from read_jax.text.tokenizer import READ_TOKENS, Tokenizer
 from read_jax.weights import engine, lora, sources, starting
+from read_jax.weights.checkpoint import SASP_KEY
 from read_jax.weights.sources import Tensor
 from read_jax.weights.tables import model_table, sam
 
@@ -260,9 +261,12 @@ def _check_tower(
 def _choose_sasp(
     name: str | None, hf: Mapping[str, Any], llama: LlamaConfig, projector: str, clip: ClipVisionConfig
 ) -> tuple[SaspConfig, str]:
-    """The point settings, and a word on why; no file of a checkpoint states them."""
+    """The point settings, and a word on why; only config.json of our own exports states them."""
     if name is not None:
         return SaspConfig.preset(name), f"{name} (as asked)"
+    if hf.get(SASP_KEY) is not None:
+        stated = SaspConfig.from_dict(hf[SASP_KEY], f"{_SOURCE}: config.json: {SASP_KEY}")
+        return stated, f"{'on' if stated.enabled else 'off'} (config.json states them)"
     if projector == "linear" or clip.image_size != 336:
         return SaspConfig.preset("off"), "off (a linear projector or a CLIP of other than 336 px: LISA)"
     classes = [str(c) for c in hf.get("architectures") or ()]

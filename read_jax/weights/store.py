@@ -15,6 +15,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,29 @@ class ParamsWriter:
         }
         write_bytes(self._folder / _METADATA, json.dumps(metadata).encode())
         write_bytes(self._folder / "_CHECKPOINT_METADATA", json.dumps(step).encode())
-        lines = (f"{name} {digest}\n" for name, digest in sorted(self._digests.items()))
-        return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+        return _of_digests(self._digests)
+
+
+def content_fingerprint(folder: Path, leaves: Mapping[str, Leaf]) -> str:
+    """What `ParamsWriter.finish` returned for this params folder, if nothing in it has changed; reads all."""
+
+    def of_file(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    names = [
+        f"{path}/{file.name}"
+        for path in leaves
+        for file in (folder / path).iterdir()
+        if not file.name.startswith(".")
+    ]
+    with ThreadPoolExecutor() as pool:
+        return _of_digests(dict(zip(names, pool.map(of_file, names), strict=True)))
+
+
+def _of_digests(digests: Mapping[str, str]) -> str:
+    lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def stored_bytes(leaves: Mapping[str, Leaf], dtype: np.dtype) -> int:

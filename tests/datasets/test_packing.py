@@ -103,6 +103,14 @@ def test_a_long_row_is_cut_at_the_limit():
     np.testing.assert_array_equal(row.labels, labels[start : start + 20])
 
 
+def test_a_row_of_whose_answer_nothing_is_left_is_refused():
+    row = Row((("Why?", "because " * 30),), False, None)
+    begin = int(np.argmax(PACKER.pack_row(row).labels != IGNORE_INDEX))
+    assert np.any(tiny_packer(Limits(3, begin + 1)).pack_row(row).labels != IGNORE_INDEX)
+    with pytest.raises(PromptError, match=f"beyond the limit of {begin} tokens: nothing of it is left"):
+        tiny_packer(Limits(3, begin)).pack_row(row)
+
+
 @pytest.mark.parametrize("spare", [0, 1])
 def test_seg_is_never_cut_off(spare):
     place = PACKER.pack_row(ROW).seg_at + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from read_jax import cli
+from read_jax.config import SaspConfig
 from read_jax.errors import CheckpointError
 from read_jax.training.checkpoint import FOLDER, Checkpoints
 from read_jax.training.config import CheckpointConfig, StartConfig, TrainConfig, ValidationConfig
@@ -18,14 +20,31 @@ from read_jax.training.finish import finish
 from read_jax.training.lora import LoraConfig
 from read_jax.training.step import TrainState
 from read_jax.weights.checkpoint import PARAMS, load_record
+from read_jax.weights.convert import convert
 from read_jax.weights.export import export
 from read_jax.weights.store import read_slice
 from tests.training.tiny import write_model
+from tests.weights.synthetic import write_clip, write_read_checkpoint
 
 LORA = LoraConfig(rank=3, alpha=5.0, targets=("q_proj",))
 KERNEL = "llama.layers.attn.q_proj.kernel"
 NORM = "llama.norm.scale"
 GIOU = {1: 0.2, 2: 0.6, 3: 0.4}
+
+
+def open_run(workdir, config, start):
+    """The checkpoints of a run that began from a model folder."""
+    fingerprint = load_record(start).fingerprint
+    identity = {"config": config.trajectory(), "base": {"path": str(start), "fingerprint": fingerprint}}
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    return Checkpoints(workdir / FOLDER, config.checkpoints, identity, print)
+
+
+def state_of(step, a, b):
+    """Adapters and their average, of zeros."""
+    params = {"llama": {"layers": {"attn": {"q_proj": {"lora_a": a, "lora_b": b}}}}}
+    return TrainState(jnp.int32(step), params, (), jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +58,7 @@ def run(tmp_path_factory):
         validation=ValidationConfig("scenes|val", every=1),
         checkpoints=CheckpointConfig(1, 3, "giou"),
     )
-    fingerprint = load_record(start).fingerprint
-    identity = {"config": config.trajectory(), "base": {"path": str(start), "fingerprint": fingerprint}}
-    (folder / "run").mkdir()
-    (folder / "run" / "config.json").write_text(json.dumps(config.to_dict()))
-    checkpoints = Checkpoints(folder / "run" / FOLDER, config.checkpoints, identity, print)
+    checkpoints = open_run(folder / "run", config, start)
     layers, inputs, outputs = kernel(start).shape
     adapters = {}
     for step, giou in GIOU.items():
@@ -52,9 +67,7 @@ def run(tmp_path_factory):
             for i, shape in enumerate([(layers, inputs, LORA.rank), (layers, LORA.rank, outputs)])
         )
         adapters[step] = np.asarray(a), np.asarray(b)
-        params = {"llama": {"layers": {"attn": {"q_proj": {"lora_a": a, "lora_b": b}}}}}
-        state = TrainState(jnp.int32(step), params, (), jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
-        checkpoints.save(step, state, {"step": step}, {"giou": giou}, last=True)
+        checkpoints.save(step, state_of(step, a, b), {"step": step}, {"giou": giou}, last=True)
     checkpoints.close()
     return start, folder / "run", adapters
 
@@ -127,6 +140,46 @@ def test_adapters_of_zero_change_nothing(run, tmp_path):
     start, workdir, _ = run
     finish(workdir, tmp_path / "model", average=True)
     np.testing.assert_array_equal(kernel(tmp_path / "model"), kernel(start))
+
+
+def test_a_run_that_kept_no_average_says_so(run, tmp_path):
+    shutil.copytree(run[1], tmp_path / "run")
+    meta = tmp_path / "run" / FOLDER / "3" / "meta" / "metadata"
+    found = json.loads(meta.read_text())
+    found["checksums"] = {k: v for k, v in found["checksums"].items() if not k.startswith("ema.")}
+    meta.write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="holds no moving average"):
+        finish(tmp_path / "run", tmp_path / "model", average=True)
+
+
+def test_a_base_whose_parameters_were_changed_is_refused(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "base")
+    chunk = tmp_path / "base" / PARAMS / NORM / "0"
+    data = bytearray(chunk.read_bytes())
+    data[5] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"base is damaged: the parameters have the fingerprint"):
+        finish(run[1], tmp_path / "model", base=tmp_path / "base")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_points_a_run_was_trained_with_survive_its_export(tmp_path):
+    """Of a base without points; and settings that no preset has."""
+    source = write_read_checkpoint(tmp_path / "sesame", kind="sesame")
+    tower = write_clip(tmp_path / "clip")
+    convert(source, tower, tmp_path / "start")
+    assert not load_record(tmp_path / "start").config.sasp.enabled
+    start = StartConfig(model=str(tmp_path / "start"), sasp="7b", continuous=False)
+    checkpoints = open_run(tmp_path / "run", TrainConfig(start=start, lora=LORA), tmp_path / "start")
+    layers, inputs, outputs = kernel(tmp_path / "start").shape
+    state = state_of(1, jnp.ones((layers, inputs, LORA.rank)), jnp.ones((layers, LORA.rank, outputs)))
+    checkpoints.save(1, state, {"step": 1}, last=True)
+    checkpoints.close()
+    assert cli.main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "hf")]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["READForCausalLM"]
+    convert(tmp_path / "hf", tower, tmp_path / "again")
+    wanted = dataclasses.replace(SaspConfig.preset("7b"), continuous=False)
+    assert load_record(tmp_path / "again").config.sasp == wanted
 
 
 def test_a_run_that_kept_no_best_checkpoint_says_so(run, tmp_path):

@@ -93,7 +93,7 @@ def config(updates=6, every=2, keep=2, best=None, validate=0, **others):
 def toy(monkeypatch):
     """`toy(...)` makes the next `train` a run whose step adds the batch's number to a weight."""
 
-    def make(bad=(), vanish=None, scores=(), at=None, base="sha256:aa", torn=(), during=None):
+    def make(bad=(), vanish=None, scores=(), at=None, base="sha256:aa", frozen="ab", torn=(), during=None):
         loader = Batches(vanish, torn)
 
         def step(state, frozen, arrays):
@@ -123,7 +123,10 @@ def toy(monkeypatch):
                 shares=1,
                 validator=Scores(scores, during) if scores else None,
                 prefix_ids=np.zeros(5, np.int32),
-                identity={"config": config.trajectory(), "base": {"path": "toy", "fingerprint": base}},
+                identity={
+                    "config": config.trajectory(),
+                    "base": {"path": "toy", "fingerprint": base, "frozen": frozen},
+                },
                 description="a toy",
             )
             workdir.mkdir(parents=True, exist_ok=True)
@@ -295,13 +298,20 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_what_was_saved_stays(toy
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize(("others", "words"), [({"base": "sha256:bb"}, "another base"), ({}, "dtype was")])
-def test_a_checkpoint_of_something_else_is_refused(others, words, toy, tmp_path):
+@pytest.mark.parametrize(
+    ("others", "dtype", "words"),
+    [
+        ({"base": "sha256:bb"}, "bfloat16", "another base"),
+        ({}, "float32", "dtype was"),
+        ({"frozen": "cd"}, "bfloat16", r"toy are not those .* they were changed, or are damaged"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(others, dtype, words, toy, tmp_path):
     toy()
     train(config(), tmp_path)
     toy(**others)
     with pytest.raises(CheckpointError, match=words):
-        train(config(dtype="float32"), tmp_path)
+        train(config(dtype=dtype), tmp_path)
 
 
 def test_a_setting_that_did_not_exist_then_counts_as_its_default(toy, tmp_path, monkeypatch):

@@ -65,6 +65,12 @@ def test_a_new_adapter_changes_nothing():
     np.testing.assert_allclose(llama.with_prefix(*tokens)[1], plain, atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.0, -2.0, float("inf")])
+def test_an_alpha_that_leaves_nothing_is_refused(alpha):
+    with pytest.raises(ConfigError, match="alpha"):
+        LoraConfig(alpha=alpha)
+
+
 def test_what_cannot_be_adapted_is_refused_with_what_can():
     with pytest.raises(ConfigError, match=r"q_proj.*down_proj, not lm_head"):
         LoraConfig(targets=("q_proj", "lm_head"))

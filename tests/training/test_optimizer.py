@@ -30,6 +30,22 @@ def test_the_linear_schedule_rises_falls_and_ends_at_zero():
     np.testing.assert_allclose([rate(k) for k in range(8)], [0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0])
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_deepspeed_warms_up_in_two_updates_at_least(warmup):
+    config = OptimizerConfig(learning_rate=1.0, schedule="deepspeed", warmup_updates=warmup, total_updates=6)
+    np.testing.assert_allclose(
+        [learning_rate(config)(k) for k in range(8)], [1, 0, 0.5, 1, 0.75, 0.5, 0.25, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": float("inf")}, {"b2": 1.0}, {"b1": -0.1}, {"weight_decay": -1.0}], ids=str
+)
+def test_settings_that_make_no_sense_are_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        OptimizerConfig(**wrong)
+
+
 def test_without_warmup_the_first_update_has_the_full_rate():
     rate = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_updates=0, total_updates=4))
     assert rate(0) == 1

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -148,7 +149,10 @@ def stepper(tiny, four):
         getattr(model.llama.layers.attn, target).lora_dropout = 0.5
     graphdef, params, frozen = split_model(model)
     config = StepConfig(remat=False, ema_decay=0.75, max_gradient_norm=1e3)
-    optimizer = make_optimizer(OptimizerConfig(warmup_updates=0, total_updates=10))
+    optimizer = optax.chain(
+        make_optimizer(OptimizerConfig(warmup_updates=0, total_updates=10)),
+        optax.inject_hyperparams(optax.scale)(step_size=1.0),  # that a test can set
+    )
     step = make_train_step(graphdef, optimizer, packer.prefix_ids, packer.image_start, WEIGHTS, config)
     jitted = jax.jit(step)
 
@@ -177,6 +181,17 @@ def test_a_bad_update_changes_nothing_and_is_counted(bad, value, stepper):
     after, metrics = step(state, frozen)
     assert (after.step, after.skipped, metrics["applied"], metrics["skipped"]) == (1, 1, 0, 1)
     assert same((after.params, after.opt_state, after.ema), (state.params, state.opt_state, state.ema))
+
+
+def test_an_update_that_overflows_changes_nothing_whatever_its_gradient(stepper):
+    step, state, frozen = stepper
+    usual, scale = state.opt_state
+    scale = scale._replace(hyperparams={"step_size": jnp.full_like(scale.hyperparams["step_size"], jnp.inf)})
+    before = state._replace(opt_state=(usual, jax.device_put(scale, jax.devices()[0])))
+    after, metrics = step(before, frozen)
+    assert np.isfinite(metrics["gradient_norm"]) and not np.isfinite(metrics["update_norm"])
+    assert (metrics["applied"], metrics["skipped"]) == (0, 1)
+    assert same((after.params, after.ema), (state.params, state.ema))
 
 
 def test_pictures_of_other_sizes_need_no_other_program(tiny, four, stepper):
