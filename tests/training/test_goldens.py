@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -209,9 +210,11 @@ def test_the_gradient_of_the_cross_entropy_is_softmax_less_the_target(vocabulary
 
 
 @pytest.fixture(scope="module")
-def run(trained):
-    """Six updates under one schedule: the metrics before each and after the last."""
+def run(trained, packed):
+    """Six updates under one schedule: (the metrics before each and after the last, the norm of every trained
+    tensor by the original's name after each)."""
 
+    @functools.cache
     def go(name):
         optimizer = make_optimizer(
             OptimizerConfig(warmup_updates=3, total_updates=10, learning_rate=3e-4, **RUNS[name])
@@ -224,20 +227,22 @@ def run(trained):
             updates, opt_state = optimizer.update(gradients, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        history = []
+        history, norms = [], []
         for _ in range(7):
             gradients, losses, _ = gradients_of(params)
             norm = float(optax.tree.norm(gradients))
             history.append({key: float(value) for key, value in losses._asdict().items()} | {"norm": norm})
             params, opt_state = update(gradients, opt_state, params)
-        return history
+            arrays = upstream_arrays(params, packed[1].config)
+            norms.append({key: np.linalg.norm(value) for key, value in arrays.items()})
+        return history, norms
 
     return go
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_losses_of_six_updates_are_the_originals(name, run, recorded):
-    history = run(name)
+    history, _ = run(name)
     entries = recorded[0][name]
     assert len(entries) == 7
     for ours, theirs in zip(history, entries, strict=True):
@@ -250,3 +255,16 @@ def test_losses_of_six_updates_are_the_originals(name, run, recorded):
         ):
             assert ours[key] == pytest.approx(theirs[wanted], rel=tolerance), (theirs.get("update"), key)
     assert history[0]["norm"] == pytest.approx(entries[0]["global_grad_norm_before_clip"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trained_tensors_have_the_originals_norms_after_updates(name, run, recorded):
+    _, norms = run(name)
+    found = recorded[0]["param_norm_after"][name]
+    assert set(found) == {"update0", "update5"}
+    for update, wanted in found.items():
+        ours = norms[int(update.removeprefix("update"))]
+        assert set(wanted) <= set(ours)
+        for key, norm in wanted.items():
+            # Adam's first step is the gradient's sign, which for the smallest gradients is rounding
+            assert ours[key] == pytest.approx(norm, rel=1e-4, abs=1e-6), (update, key)
