@@ -44,13 +44,13 @@ for ((try = 0; ; try++)); do
         exit "$status"
     fi
     echo "$ME: ended with status $status; beginning again ($((try + 1)) of $restarts)" >&2
-    arguments=()
-    for argument; do [[ $argument == --overwrite ]] || arguments+=("$argument"); done
-    set -- "${arguments[@]}" # what was done is not to be done again
+    arguments=("$@")
+    keep_what_is_done
+    set -- "${arguments[@]}"
     child=''
     for ((second = 0; second < ${PAUSE:-30}; second++)); do
         $told && break
-        sleep 1
+        sleep 1 || true # Ctrl-C ends it
     done
     ! $told || exit 75
 done

@@ -78,9 +78,48 @@ something_to_run() {
         || fail 'nothing to run: write -- and the arguments of read-jax, for example -- train --config ...'
 }
 
+# Whether an argument is --overwrite, which read-jax takes shortened too.
+overwrites() {
+    [[ $1 == --ov* && "--overwrite" == "$1"* ]]
+}
+
+# What was done is not to be done again: leaves --overwrite out of `arguments`.
+keep_what_is_done() {
+    local argument kept=()
+    for argument in "${arguments[@]}"; do
+        overwrites "$argument" || kept+=("$argument")
+    done
+    arguments=("${kept[@]}")
+}
+
+# A job that comes back is given the same arguments, and must not discard its own answers.
+nothing_to_overwrite() {
+    local argument
+    for argument in "${arguments[@]}"; do
+        ! overwrites "$argument" || fail "--overwrite would discard the job's own results whenever it begins again:" \
+            'remove the earlier results first, or write into another folder'
+    done
+}
+
 # positive --option VALUE: a positive number.
 positive() {
     require "$1" "$2" '[1-9][0-9]*' 'a positive number'
+}
+
+# project: where one was given, it must look right; an old one has its domain before it.
+project() {
+    [[ -z $project ]] || require --project "$project" '[a-z0-9]([a-z0-9.:-]*[a-z0-9])?' 'the id of a project'
+}
+
+# tpu --option VALUE: a type of TPU, in a size that can be.
+tpu() {
+    local size=${2##*-}
+    require "$1" "$2" '(v4|v5p|v6e|v5litepod)-[1-9][0-9]{0,4}' 'such as v5litepod-16, v5p-32, v6e-16 or v4-32'
+    case $2 in
+        v5litepod-*) require "$1" "$size" '1|4|8|16|32|64|128|256' 'v5litepod- with 1, 4, 8, 16, 32, 64, 128 or 256' ;;
+        v6e-*) ((size == 1 || size % 4 == 0)) || fail "$1 must be v6e- with 1 or a multiple of 4, not '$2'" ;;
+        *) ((size % 2 == 0)) || fail "$1 must be ${2%-*}- with an even number, for every chip counts twice, not '$2'" ;;
+    esac
 }
 
 # label --option VALUE: a name that clouds and containers take.

@@ -18,6 +18,8 @@
 #   --restarts K     begin again, at most K times, when the process dies (default: 20)
 #   --dry-run        show the commands and run nothing
 #
+# `resume` runs what `start` was given; so --overwrite is refused there.
+#
 #   launch/docker.sh start --name a --data ~/data --runs ~/runs -- \
 #       train --config read_7b_reasonseg --workdir /runs/a --config.data.data_dir=/data
 
@@ -39,6 +41,7 @@ folder() {
 
 start() {
     something_to_run
+    nothing_to_overwrite
     require --gpus "$gpus" 'all|none|[0-9]+|device=[0-9]+(,[0-9]+)*' 'all, none, a number, or device=0,1'
     require --restarts "$restarts" '[0-9]+' 'a number'
     data=$(folder --data "$data")

@@ -18,6 +18,8 @@
 #   --image IMAGE      where it was pushed to: launch/docker.sh build --extra tpu --image ..., then docker push
 #   --restarts K       when a machine dies or is taken away (default: 20)
 #   --dry-run          show the commands and run nothing
+#
+# A run that begins again is given the same arguments; so --overwrite is refused.
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
@@ -32,19 +34,21 @@ bucket=${bucket#gs://}
 on_cluster() {
     label --cluster "$cluster"
     require --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' 'a zone such as us-west4-a'
+    project
     where=(--cluster "$cluster" --zone "$zone")
     [[ -z $project ]] || where+=(--project "$project")
     need xpk 'pip install xpk'
 }
 
 of_type() {
-    require --type "$type" '(v4|v5p|v6e|v5litepod)-[0-9]+' 'such as v5litepod-16, v5p-32, v6e-16 or v4-32'
+    tpu --type "$type"
     positive --slices "$slices"
     where+=(--tpu-type "$type" --num-slices "$slices")
 }
 
 start() {
     something_to_run
+    nothing_to_overwrite
     label --name "$name"
     require --image "$image" '[a-z0-9][a-z0-9._/:@-]*' 'the name of an image that the cluster can get'
     require --restarts "$restarts" '[0-9]+' 'a number'

@@ -18,7 +18,8 @@
 #   --dry-run           show the commands and run nothing
 #
 # Two minutes before its time is over, or when it is preempted, the job is told, saves, and is queued again by
-# itself. A job whose process dies is queued again by Slurm when a node fails; otherwise use `resume`.
+# itself. A job whose process dies is queued again by Slurm when a node fails; otherwise use `resume`. Every time it is
+# given the same arguments; so --overwrite is refused.
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
@@ -35,11 +36,6 @@ job_script() {
 # The first argument is the virtual environment, the others are those of read-jax.
 environment=$1
 shift
-if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then # what was done is not to be done again
-    arguments=()
-    for argument; do [[ $argument == --overwrite ]] || arguments+=("$argument"); done
-    set -- "${arguments[@]}"
-fi
 again() {
     kill -TERM "$step" 2> /dev/null
     status=0
@@ -65,10 +61,13 @@ JOB
 
 start() {
     something_to_run
+    nothing_to_overwrite
     positive --nodes "$nodes"
     positive --gpus "$gpus"
     positive --cpus "$cpus"
     require --environment "$environment" '/.*' 'the full path of a virtual environment'
+    [[ -z $partition ]] || require --partition "$partition" '[A-Za-z0-9_][A-Za-z0-9_.,+-]*' 'the name of a partition'
+    [[ -z $account ]] || require --account "$account" '[A-Za-z0-9_][A-Za-z0-9_.:@+-]*' 'the name of an account'
     [[ -z $time ]] || require --time "$time" '[0-9]+(-[0-9]+)?(:[0-9]+){0,2}' 'a time such as 24:00:00'
     $DRY_RUN || [[ -x $environment/bin/read-jax ]] || fail "there is no read-jax in $environment"
     local options=(--job-name "$name" --nodes "$nodes" --ntasks-per-node "$gpus" --gpus-per-node "$gpus")

@@ -23,7 +23,8 @@
 #   --dry-run          show the commands and run nothing
 #
 # `resume` gives back what was taken away, asks for the same again, installs, and starts; a run goes on from its
-# last checkpoint in the bucket. Needs gcloud, logged in: https://cloud.google.com/sdk/docs/install
+# last checkpoint in the bucket; so --overwrite is refused. Needs gcloud, logged in:
+# https://cloud.google.com/sdk/docs/install
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/common.sh"
@@ -40,6 +41,7 @@ bucket=${bucket#gs://}
 common() {
     label --name "$name"
     require --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' 'a zone such as us-west4-a'
+    project
     where=(--zone "$zone")
     [[ -z $project ]] || where+=(--project "$project")
     need gcloud 'see https://cloud.google.com/sdk/docs/install'
@@ -54,9 +56,26 @@ everywhere() {
     resources ssh "$name" --node all --worker all --command "$1"
 }
 
-create() {
-    require --type "$type" '(v4|v5p|v6e|v5litepod)-[0-9]+' 'such as v5litepod-16, v5p-32, v6e-16 or v4-32'
+# What each step needs is looked at before the first of them does anything.
+can_create() {
+    tpu --type "$type"
     positive --slices "$slices"
+    [[ -z $runtime ]] || require --runtime "$runtime" '[a-z0-9][a-z0-9._-]*' 'the version of a TPU runtime'
+}
+
+can_install() {
+    need git 'install it with your package manager'
+    $DRY_RUN || git -C "$here/.." rev-parse --quiet --verify HEAD > /dev/null \
+        || fail "$here/.. is no git repository: what is committed there is installed"
+}
+
+can_start() {
+    something_to_run
+    nothing_to_overwrite
+    require --restarts "$restarts" '[0-9]+' 'a number'
+}
+
+create() {
     local options=(--accelerator-type "$type")
     if [[ -z $runtime ]]; then
         case $type in
@@ -99,8 +118,6 @@ command -v gcsfuse > /dev/null || echo "gcsfuse is not installed here: --bucket 
 }
 
 start() {
-    something_to_run
-    require --restarts "$restarts" '[0-9]+' 'a number'
     local command
     command=$(show read-jax/launch/worker.sh "${bucket:--}" "$restarts" "$@")
     everywhere "if [ -e read-jax.pid ] && kill -0 \$(cat read-jax.pid) 2> /dev/null; then echo 'a run is going on here: stop it first'; exit 1; fi
@@ -109,9 +126,21 @@ nohup setsid $command > read-jax.log 2>&1 < /dev/null & echo \$! > read-jax.pid"
 
 case $action in
     -h | --help) help ;;
-    create) common && create ;;
-    install) common && install ;;
-    start) common && start "${arguments[@]}" ;;
+    create)
+        common
+        can_create
+        create
+        ;;
+    install)
+        common
+        can_install
+        install
+        ;;
+    start)
+        common
+        can_start
+        start "${arguments[@]}"
+        ;;
     watch) common && resources ssh "$name" --node 0 --worker 0 --command 'tail -n 50 -F read-jax.log' ;;
     status)
         common
@@ -121,7 +150,9 @@ case $action in
     stop) common && everywhere 'xargs kill -TERM < read-jax.pid' ;;
     resume)
         common
-        something_to_run
+        can_create
+        can_install
+        can_start
         resources delete "$name" --force --quiet || echo "$ME: there was no $name to give back" >&2
         create
         install

@@ -15,6 +15,7 @@ import pytest
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
 PLACE = ("--zone", "us-west4-a")
+SLURM = ("slurm.sh", "start", "--dry-run", "--name", "a", "--environment", "/e")
 GKE = ("--type", "v5litepod-16", "--image", "h/i")
 FAKE = """#!/bin/bash
 process="${@: -1}"
@@ -22,6 +23,10 @@ trap 'echo saved; exit 75' TERM
 echo "process $process: $*"
 if [[ $process == "$FAILS" ]]; then echo "it breaks" >&2; exit "${STATUS:-3}"; fi
 for ((i = 0; i < ${ROUNDS:-1}; i++)); do sleep 0.1; done
+"""
+DEAF = """#!/bin/bash
+echo "process"
+exec sleep 300
 """
 
 
@@ -38,10 +43,34 @@ def launch(script, *arguments, **environment):
 @pytest.fixture
 def fake(tmp_path):
     """A program in the place of read-jax."""
-    path = tmp_path / "fake"
-    path.write_text(FAKE)
+    return program(tmp_path / "fake", FAKE)
+
+
+def program(path, text):
+    path.write_text(text)
     path.chmod(0o755)
     return str(path)
+
+
+def tell(number, send, processes, *options, **environment):
+    """The status of a local job that gets a signal once all its processes spoke, and what was said."""
+    with subprocess.Popen(
+        [LAUNCH / "local.sh", *options, str(processes), "--", "train"],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as job:
+        assert job.stdout is not None
+        try:
+            said = "".join(job.stdout.readline() for _ in range(processes))
+            send(job.pid, number)
+            said += job.communicate(timeout=30)[0]
+        finally:
+            if job.returncode is None:
+                os.killpg(job.pid, signal.SIGKILL)
+    return job.returncode, said
 
 
 def test_shellcheck_finds_nothing():
@@ -122,6 +151,78 @@ def test_a_dry_run_shows_what_would_be_run(arguments, wanted):
     assert wanted in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--", "train"), "--type is missing"),
+        (("--type", "v5p-32", "--slices", "0", "--", "train"), "--slices must be"),
+        (("--type", "v5p-32", "--runtime", "a b", "--", "train"), "--runtime must be"),
+        (("--type", "v5p-32", "--restarts", "x", "--", "train"), "--restarts must be"),
+        (("--type", "v5p-32", "--bucket", "b/c", "--", "train"), "--bucket must be"),
+        (("--type", "v5p-32", "--", "evaluate", "--overwrite"), "remove the earlier results first"),
+        (("--type", "v5p-32"), "nothing to run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_tpus_are_not_given_back_for_what_cannot_be_asked_for_again(wrong, message):
+    done = launch("tpu.sh", "resume", "--dry-run", *PLACE, "--name", "a", *wrong)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tpu.sh", "start", *PLACE),
+        ("tpu.sh", "resume", *PLACE, "--type", "v5p-32"),
+        ("gke.sh", "start", *PLACE, "--cluster", "c", *GKE),
+        ("gke.sh", "resume", *PLACE, "--cluster", "c", *GKE),
+        ("slurm.sh", "start", "--environment", "/e"),
+        ("slurm.sh", "resume", "--environment", "/e"),
+        ("docker.sh", "start", "--data", "/tmp", "--runs", "/tmp"),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+@pytest.mark.parametrize("overwrite", ["--overwrite", "--over"])  # read-jax takes it shortened
+def test_a_job_that_comes_back_cannot_be_told_to_discard_its_answers(arguments, overwrite):
+    done = launch(*arguments, "--dry-run", "--name", "a", "--", "evaluate", overwrite)
+    assert done.returncode == 2
+    assert "remove the earlier results first" in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    "type", ["v5litepod-1", "v5litepod-256", "v6e-4", "v6e-256", "v5p-8", "v5p-12288", "v4-8"]
+)
+def test_tpus_that_exist_can_be_asked_for(type):
+    done = launch("tpu.sh", "create", "--dry-run", *PLACE, "--name", "a", "--type", type)
+    assert done.returncode == 0, done.stderr
+    assert f"--accelerator-type {type} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*SLURM, "--partition", "gpu,gpu_p5", "--account", "abc@v100", "--", "train"),
+        ("tpu.sh", "delete", "--dry-run", "--name", "a", *PLACE, "--project", "example.com:a-1"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_names_that_clusters_have_are_taken(arguments):
+    done = launch(*arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dry_run_shows_what_simulated_devices_need_to_be_told():
+    done = launch("local.sh", "--dry-run", "--devices", "4", "2", "--", "train", XLA_FLAGS="--xla_other")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4\\ ")
+    assert "\\ --xla_other read-jax train" in first
+    assert second == first.replace("--process 0", "--process 1")
+
+
 def test_preempted_tpus_are_asked_for_again_installed_and_started():
     done = launch(
         "tpu.sh",
@@ -158,6 +259,8 @@ def test_preempted_tpus_are_asked_for_again_installed_and_started():
         (("local.sh", "--devices", "x", "2", "--", "train"), "--devices must be"),
         (("local.sh", "--devices"), "--devices needs a value"),
         (("local.sh", "--wrong", "2"), "there is no option --wrong"),
+        (("local.sh", "--port", "0", "2", "--", "train"), "--port must be"),
+        (("local.sh", "--port", "65536", "2", "--", "train"), "--port must be"),
         (("tpu.sh", "fly"), "there is no action fly"),
         (("tpu.sh", "create", *PLACE, "--type", "v5litepod-16"), "--name is missing"),
         (("tpu.sh", "create", "--name", "A b", *PLACE, "--type", "v5litepod-16"), "--name must be"),
@@ -166,6 +269,18 @@ def test_preempted_tpus_are_asked_for_again_installed_and_started():
             ("tpu.sh", "create", "--dry-run", "--name", "a", *PLACE, "--type", "h100"),
             "--type must be such as",
         ),
+        (
+            ("tpu.sh", "create", "--dry-run", "--name", "a", *PLACE, "--type", "v5litepod-17"),
+            "1, 4, 8, 16, 32, 64, 128 or 256",
+        ),
+        (("tpu.sh", "create", "--dry-run", "--name", "a", *PLACE, "--type", "v6e-6"), "a multiple of 4"),
+        (("tpu.sh", "create", "--dry-run", "--name", "a", *PLACE, "--type", "v4-9"), "an even number"),
+        (
+            ("gke.sh", "create", "--dry-run", "--cluster", "a", *PLACE, "--type", "v5litepod-17"),
+            "--type must be",
+        ),
+        (("tpu.sh", "delete", "--name", "a", *PLACE, "--project", "a b"), "--project must be"),
+        (("gke.sh", "delete", "--cluster", "a", *PLACE, "--project", "-a"), "--project must be"),
         (("tpu.sh", "start", "--dry-run", "--name", "a", *PLACE), "nothing to run"),
         (
             ("tpu.sh", "start", "--name", "a", *PLACE, "--bucket", "gs://b/c", "--", "train"),
@@ -173,6 +288,8 @@ def test_preempted_tpus_are_asked_for_again_installed_and_started():
         ),
         (("gke.sh", "start", "--name", "a", *PLACE, "--cluster", "c", "--", "train"), "--image is missing"),
         (("slurm.sh", "start", "--dry-run", "--name", "a", "--gpus", "0", "--", "train"), "--gpus must be"),
+        ((*SLURM, "--partition", "a b", "--", "train"), "--partition must be"),
+        ((*SLURM, "--account", "$a", "--", "train"), "--account must be"),
         (
             ("docker.sh", "start", "--dry-run", "--name", "a", "--data", "/not/there", "--", "train"),
             "no folder",
@@ -213,18 +330,40 @@ def test_a_local_job_begins_again_as_often_as_allowed(fake):
 
 
 def test_a_local_job_that_is_told_to_stop_saves_and_does_not_begin_again(fake):
-    process = subprocess.Popen(
-        [LAUNCH / "local.sh", "--restarts", "3", "2", "--", "train"],
-        env=os.environ | {"READ_JAX": fake, "ROUNDS": "300"},
-        stdout=subprocess.PIPE,
-        text=True,
+    status, said = tell(signal.SIGTERM, os.kill, 2, "--restarts", "3", READ_JAX=fake, ROUNDS="300")
+    assert status == 75
+    assert said.count("saved") == 2
+
+
+def test_ctrl_c_which_reaches_everything_at_once_stops_a_local_job_that_is_heard_to_the_end(fake):
+    status, said = tell(signal.SIGINT, os.killpg, 3, READ_JAX=fake, ROUNDS="300")
+    assert status == 75
+    assert said.count("saved") == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_local_job_ends_when_the_signal_itself_ends_its_processes(tmp_path, number):
+    deaf = program(tmp_path / "deaf", DEAF)
+    status, said = tell(number, os.kill, 4, "--restarts", "3", READ_JAX=deaf)
+    assert status == 143
+    assert len(said.splitlines()) == 5 and "ended with status 143" in said
+
+
+def test_a_local_process_that_hangs_after_another_died_is_killed(tmp_path):
+    text = "#!/bin/bash\ntrap '' TERM\n[[ ${@: -1} == 0 ]] || exit 4\nexec sleep 60\n"
+    start = time.monotonic()
+    done = launch("local.sh", "--grace", "1", "3", "--", "train", READ_JAX=program(tmp_path / "hangs", text))
+    assert done.returncode == 4
+    assert time.monotonic() - start < 20
+
+
+def test_what_was_done_is_not_overwritten_when_a_local_job_begins_again(fake):
+    done = launch(
+        "local.sh", "--restarts", "2", "1", "--", "evaluate", "--overwrite", "a b", READ_JAX=fake, FAILS="0"
     )
-    assert process.stdout is not None
-    said = [process.stdout.readline() for _ in range(2)]
-    process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert (("".join(said)) + rest).count("saved") == 2
+    said = [line for line in done.stdout.splitlines() if "process 0:" in line]
+    assert ["evaluate --overwrite a b --coord" in line for line in said] == [True, False, False]
+    assert ["evaluate a b --coord" in line for line in said] == [False, True, True]
 
 
 @pytest.mark.parametrize(
