@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Checkpoints:
         self._quiet.enter_context(quiet())
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._saving: int | None = None
+        self._last = self._failed = False
         self._open = True
 
     def tell(self, say: Say) -> None:
@@ -101,6 +103,7 @@ class Checkpoints:
         and the training may go on. With `last` it is an error: `CheckpointError`.
         """
         self.poll(wait=True)
+        self._last = last
         if step in self._manager.all_steps():
             return
         leaves = named_leaves(state)
@@ -159,6 +162,7 @@ class Checkpoints:
 
     def _give_up(self, error: Exception) -> None:
         step, self._saving = self._saving, None
+        self._failed = True
         for partial in self._folder.glob(f"{step}{_PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
         self._manager.reload()
@@ -170,7 +174,7 @@ class Checkpoints:
             return
         self._say(
             f"the checkpoint after {step} updates could not be written ({reason(error)}); earlier ones are "
-            "untouched and the training goes on."
+            f"untouched{'' if self._last else ' and the training goes on'}."
         )
 
     def restore(self, template: TrainState) -> Restored | None:
@@ -215,7 +219,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written; closed already, it does nothing."""
-        with self._quiet:
+        with self._quiet as opened:
             self._quiet = contextlib.ExitStack()
             self.poll(wait=True)
             if self._open:
@@ -224,6 +228,8 @@ class Checkpoints:
                     self._manager.close()
                 except Exception as error:  # of whatever kind the storage gives
                     self._say(f"the checkpoints in {self._folder} could not be closed ({reason(error)}).")
+            if self._failed:  # what Orbax left running complains until the very end of the process
+                opened.pop_all()
 
     def _read(self, step: int, template: TrainState) -> tuple[dict[str, Any], TrainState]:
         """(meta, state); every process comes to the same end, whichever of them finds something damaged."""
@@ -432,11 +438,21 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Orbax's messages."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Without Orbax's messages, and those of its tasks that nobody asked how they ended."""
+    hook = sys.excepthook
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+
+    def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if str(error) != "Event loop is closed":  # a write that ends after the one that failed
+            hook(kind, error, trace)
+
+    sys.excepthook = tell
     try:
         yield
     finally:
-        logger.setLevel(before)
+        sys.excepthook = hook
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
