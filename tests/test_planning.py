@@ -11,9 +11,10 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from read_jax import cli
 from read_jax.config import ReadConfig
@@ -21,8 +22,8 @@ from read_jax.errors import ConfigError
 from read_jax.planning.chips import CHIPS, GIB, parse_topology, topology_devices
 from read_jax.planning.compiler import compile_lowered, traffic_of
 from read_jax.planning.cost import train_cost
-from read_jax.planning.hlo import Traffic, collectives
-from read_jax.planning.plan import Memory, Plan, make_plan, search
+from read_jax.planning.hlo import BETWEEN_SLICES, Traffic, UnknownTraffic, collectives
+from read_jax.planning.plan import Memory, Plan, make_plan, mesh_of, search
 from read_jax.planning.programs import (
     architecture,
     bytes_per_device,
@@ -36,7 +37,7 @@ from read_jax.sharding import AXES, MeshConfig
 from read_jax.training.config import load_config
 from read_jax.training.flops import train_step_flops
 
-LOOPS = """HloModule step, is_scheduled=true
+LOOPS = """HloModule step, is_scheduled=true, num_partitions=4
 
 %inner_cond (p: (s32[], f32[4])) -> pred[] {
   %limit = s32[]{:T(128)} constant(3)
@@ -56,15 +57,15 @@ LOOPS = """HloModule step, is_scheduled=true
 }
 
 %begun (p: bf16[1]) -> (bf16[1], bf16[64,8]) {
-  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, %PAIRS%, dimensions={0}
 }
 
 %beside (p: bf16[1]) -> f32[4] {
-  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, %PAIRS%, dimensions={0}
 }
 
 %ended (p: bf16[1]) -> bf16[64,8] {
-  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+  %all = bf16[64,8]{1,0} all-gather(%p), channel_id=1, %PAIRS%, dimensions={0}
 }
 
 %outer_body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
@@ -82,11 +83,13 @@ LOOPS = """HloModule step, is_scheduled=true
 
 ENTRY %main (a: f32[4]) -> f32[4] {
   %loop = (s32[], f32[4]) while(%t), condition=%outer_cond, body=%outer_body, %TRIPS%
-  %parts = ((f32[2], f32[4]), (f32[16], f32[32])) all-gather-start(%a, %b), channel_id=7
-  %sums = (f32[10], f32[20]) all-reduce-start(%a, %b), channel_id=8, to_apply=%add
-  ROOT %sum = f32[] all-reduce(%a), channel_id=9, to_apply=%add
+  %parts = ((f32[2], f32[4]), (f32[16], f32[32])) all-gather-start(%a, %b), channel_id=7, %PAIRS%
+  %sums = (f32[10], f32[20]) all-reduce-start(%a, %b), channel_id=8, %PAIRS%, to_apply=%add
+  ROOT %sum = f32[] all-reduce(%a), channel_id=9, %PAIRS%, to_apply=%add
 }
-""".replace("%TRIPS%", 'backend_config={"known_trip_count":{"n":"5"}}')
+""".replace("%TRIPS%", 'backend_config={"known_trip_count":{"n":"5"}}').replace(
+    "%PAIRS%", "replica_groups=[2,2]<=[4]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,12 @@ def plan(setup, **changes):
 @pytest.mark.parametrize("text", ["v5e", "v5e:", "v5e:4x", "4x4", "l4:8", "v9:4x4", ""])
 def test_what_is_no_topology_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match=r"for example v5e:4x4.*v4, v5e, v5p, v6e, a100, h100"):
+        parse_topology(text)
+
+
+@pytest.mark.parametrize("text", ["v5e:0x4", "v5e:4x0", "v5p:2x2x0", "v5e:04x4", "v5e:4", "v5p:2x2x2x2"])
+def test_what_has_not_two_or_three_sides_is_refused_before_the_compiler_sees_it(text):
+    with pytest.raises(ConfigError, match=r"of TPUs write two or three sides, for example v5e:4x4"):
         parse_topology(text)
 
 
@@ -193,15 +202,34 @@ def test_the_folders_name_tells_the_architecture():
 
 def test_collectives_count_as_often_as_they_begin_however_many_pieces_go_beside_other_work():
     found = collectives(LOOPS)
-    assert found["all-gather"] == Traffic(5 + 1, 5 * 64 * 8 * 2 + (16 + 32) * 4)
+    assert found["all-gather"] == Traffic(5 + 1, (5 * 64 * 8 * 2 + (16 + 32) * 4) / 2)
     assert found["collective-permute"] == Traffic(15, 15 * 2 * 8 * 4)
-    assert found["all-reduce"] == Traffic(1 + 1, 2 * (4 + (10 + 20) * 4))  # scattered sums, then gathered
+    assert found["all-reduce"] == Traffic(1 + 1, 4 + (10 + 20) * 4)  # scattered sums, then gathered
 
 
 @pytest.mark.parametrize(("step", "rounds"), [(1, 3), (2, 2), (3, 1)])
 def test_a_loop_that_is_unrolled_runs_less_often(step, rounds):
     found = collectives(LOOPS.replace("constant(1)", f"constant({step})"))
     assert found["collective-permute"].number == 5 * rounds
+
+
+def one_operation(operation):
+    """A program for 16 devices that does nothing else."""
+    return (
+        f"HloModule m, num_partitions=16\nENTRY %main (a: f32[4]) -> f32[4] {{\n  ROOT %x = {operation}\n}}\n"
+    )
+
+
+class Made:
+    """A compiled program with such a text; None: JAX cannot print it."""
+
+    def __init__(self, text=None):
+        self.text = text
+
+    def as_text(self):
+        if self.text is None:
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands")
+        return self.text
 
 
 @pytest.mark.parametrize(
@@ -215,8 +243,119 @@ def test_a_loop_that_is_unrolled_runs_less_often(step, rounds):
     ],
 )
 def test_what_is_sent_depends_on_the_kind_and_on_how_many_take_part(operation, sent):
-    (found,) = collectives(f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  ROOT %x = {operation}\n}}\n").values()
+    (found,) = collectives(one_operation(operation)).values()
     assert found == Traffic(1, sent)
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("{}", 16),
+        ("{{0,1},{2,3}}", 2),
+        ("{{0},{1,2,3}}", 3),  # what the busiest device does
+        ("{{0},{1}}", 1),
+        ("[4,4]<=[16]", 4),
+        ("[8,2]<=[2,2,4]T(2,1,0)", 2),
+        ("mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=4] {'axis_0','axis_2'}", 8),
+        ("mesh['axis_0'=16] {'axis_0'}", 16),
+        ("mesh['axis_0'=4,'axis_1'=4] {'axis_0':(1)2}", 2),
+        ("mesh['axis_0'=4,'axis_1'=4] {'axis_0':(2)2,'axis_1'}", 8),
+        ("mesh[a=4,b=4] {a:(1)2,b}", 8),
+        ("mesh['a'=4,'b'=4], device_ids=([4,4]T(1,0)) {'a'}", 4),
+        ("mesh['a'=16] {}", 1),
+    ],
+)
+def test_who_takes_part_is_read_in_every_way_that_groups_are_written(groups, members):
+    for kind, factor in (
+        ("all-reduce", 2 * (members - 1) / members),
+        ("all-gather", (members - 1) / members),
+        ("all-to-all", (members - 1) / members),
+        ("reduce-scatter", members - 1),
+    ):
+        text = one_operation(f"f32[16] {kind}(%a), channel_id=1, replica_groups={groups}, dimensions={{0}}")
+        assert collectives(text)[kind] == Traffic(1, 64 * factor)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    ["", "replica_groups=mesh['a'=4] {'b'}", "replica_groups=maximal_mesh[device_id=0] {}", "new=<4>"],
+)
+def test_what_groups_without_known_members_send_is_unknown_and_not_guessed(groups):
+    text = one_operation(f"f32[16] all-reduce(%a), channel_id=1, {groups}")
+    with pytest.raises(UnknownTraffic, match="groups of a collective are not understood"):
+        collectives(text)
+    assert traffic_of(Made(text), 4) is None
+
+
+def test_everybody_takes_part_where_a_program_does_not_say_how_many_that_are_is_unknown():
+    text = one_operation("f32[16] all-reduce(%a), channel_id=1, replica_groups={}").partition("\n")[2]
+    with pytest.raises(UnknownTraffic):
+        collectives(text)
+
+
+def to_host(transfer, target, array="f32[4,8]{1,0:T(8,128)}", handler="xla_megascale_runtime"):
+    """What hands an array to the host."""
+    return (
+        f"({array}, u32[], token[]) send(%a, %token), channel_id=2, is_host_transfer=true, "
+        f'frontend_attributes={{_xla_host_transfer_handler_name="{handler}",'
+        f'_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_target={target},'
+        f'_xla_megascale_transfer_type="{transfer}",is_spmd_generated="true"}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("transfer", "target", "factor"),
+    [
+        ("ALL_REDUCE", '"{1,2}x{0:3}"', 1),
+        ("ALL_REDUCE", '"{1,2,3,4}x{0:3}"', 2 * 3 / 4),
+        ("ALL_REDUCE", '"{1:4}x{0:3}"', 2 * 3 / 4),
+        ("ALL_REDUCE", "{{100000,200000},{100001,200001},{300000,400000}}", 1),
+        ("ALL_GATHER", '"{1,2,3,4}x{0:3}"', 3),
+        ("REDUCE_SCATTER", '"{1,2,3,4}x{0:3}"', 3 / 4),
+        ("ALL_TO_ALL", "{{100000,100003,200000,200003},{100001,100002,200001,200002}}", 1 / 2),
+        ("ONE_TO_ONE", "{{100003->200000},{200003->100000}}", 1),
+    ],
+)
+def test_what_goes_between_slices_is_a_kind_of_its_own(transfer, target, factor):
+    found = collectives(one_operation(to_host(transfer, target)))
+    assert found == {BETWEEN_SLICES: Traffic(1, 4 * 8 * 4 * factor)}
+
+
+def test_what_goes_between_slices_in_a_loop_counts_in_every_round():
+    ring = "%ring = (f32[2,8]{1,0}, f32[2,8]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=3"
+    send = "%ring = " + to_host("ALL_REDUCE", '"{1,2}x{0:3}"', "f32[2,8]{1,0}")
+    assert collectives(LOOPS.replace(ring, send))[BETWEEN_SLICES] == Traffic(15, 15 * 2 * 8 * 4)
+
+
+def test_what_goes_to_the_host_alone_is_no_traffic():
+    assert collectives(one_operation(to_host("ALL_REDUCE", '"{1,2}x{0:3}"', handler="callback"))) == {}
+
+
+@pytest.mark.parametrize(("transfer", "target"), [("NEW", '"{1,2}x{0:3}"'), ("ALL_REDUCE", "(1,2)")])
+def test_what_goes_between_slices_in_an_unknown_way_is_not_guessed(transfer, target):
+    with pytest.raises(UnknownTraffic, match="between slices is not understood"):
+        collectives(one_operation(to_host(transfer, target)))
+
+
+def test_sums_over_slices_are_found_in_a_compiled_program(compiler):
+    place = mesh_of("v5e:2x2", MeshConfig(fsdp=4, slices=2))
+    split, whole = (NamedSharding(place, PartitionSpec(*axes)) for axes in (("data",), ()))
+    summed = jax.jit(lambda x: x.sum(0), in_shardings=split, out_shardings=whole)
+    compiled = summed.lower(jax.ShapeDtypeStruct((64, 4096), jnp.float32)).compile()
+    traffic = traffic_of(compiled, place.size)
+    assert traffic is not None
+    # the sum of two slices: 16 KiB, unless the compiler shares it among the chips of a slice
+    assert 4096 <= traffic[BETWEEN_SLICES].bytes <= 4 * 4096
+    assert traffic[BETWEEN_SLICES].number >= 1
+
+
+def test_groups_are_understood_in_a_compiled_program(compiler):
+    place = mesh_of("v5e:4x4", MeshConfig(data=4, fsdp=4))
+    split, kept = (NamedSharding(place, PartitionSpec(*axes)) for axes in (("data", "fsdp"), (None, "fsdp")))
+    summed = jax.jit(lambda x: x.sum(0, keepdims=True), in_shardings=split, out_shardings=kept)
+    compiled = summed.lower(jax.ShapeDtypeStruct((16, 4096), jnp.float32)).compile()
+    assert traffic_of(compiled, place.size) == {"all-reduce": Traffic(1, 4096 * 2 * 3 / 4)}
 
 
 def test_useful_operations_are_shared_by_all_devices(setup):
@@ -299,15 +438,51 @@ def test_a_plan_says_whether_it_fits_and_what_bounds_it(setup):
 
 
 def test_where_what_is_sent_cannot_be_read_a_plan_says_so_and_leaves_it_out(setup):
-    class Unreadable:
-        def as_text(self):
-            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands")
-
-    assert traffic_of(Unreadable(), 1) == {}  # one device sends nothing, whatever can be read
-    found = plan(setup, traffic=traffic_of(Unreadable(), 16))
+    assert traffic_of(Made(), 1) == {}  # one device sends nothing, whatever can be read
+    found = plan(setup, traffic=traffic_of(Made(), 16))
     assert set(found.times) == {"arithmetic", "memory"}
     assert "sent         unknown" in plan_text(found)
     assert found.to_dict()["traffic"] is None
+
+
+def test_what_jax_cannot_print_is_read_from_what_the_compiler_wrote(tmp_path):
+    text = one_operation("f32[16] all-reduce(%a), channel_id=1, replica_groups=[8,2]<=[16]")
+    assert traffic_of(Made(), 16, dump=str(tmp_path)) is None  # it wrote nothing
+    (tmp_path / "module_0000.jit_step.before_optimizations.txt").write_text("HloModule jit_step")
+    (tmp_path / "module_0000.jit_step.after_optimizations.txt").write_text(text)
+    assert traffic_of(Made(), 16, dump=str(tmp_path)) == {"all-reduce": Traffic(1, 64)}
+    (tmp_path / "module_0001.jit_other.after_optimizations.txt").write_text(text)
+    assert traffic_of(Made(), 16, dump=str(tmp_path)) is None  # whose is whose?
+
+
+def test_the_compiler_writes_down_what_it_made(compiler, tmp_path):
+    place = mesh_of("v6e:2x2", MeshConfig(fsdp=4))
+    split, whole = (NamedSharding(place, PartitionSpec(*axes)) for axes in (("fsdp",), ()))
+    summed = jax.jit(lambda x: x.sum(0), in_shardings=split, out_shardings=whole)
+    lowered = summed.lower(jax.ShapeDtypeStruct((64, 4096), jnp.float32))
+    compiled, _ = compile_lowered(lowered, CHIPS["v6e"], str(tmp_path))
+    assert compiled is not None
+    traffic = traffic_of(compiled, place.size)
+    assert traffic and traffic_of(Made(), place.size, dump=str(tmp_path)) == traffic
+
+
+def test_the_network_between_slices_bounds_a_plan_that_sends_much_over_it(setup):
+    sent = {"all-gather": Traffic(2000, 48e9), BETWEEN_SLICES: Traffic(20, 1e12)}
+    found = plan(setup, slices=2, traffic=sent)
+    assert found.times["links"] == 48e9 / CHIPS["v5e"].link
+    assert found.times[BETWEEN_SLICES] == 1e12 / CHIPS["v5e"].network
+    text = plan_text(found)
+    assert "between slices       20 of 1000.00 GB per chip and update" in text
+    assert "bound by between slices" in text and "not counted" not in text
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["traffic"][BETWEEN_SLICES] == {"number": 20, "bytes": 1e12}
+    assert data["times"][BETWEEN_SLICES] == 320.0
+
+
+def test_where_the_network_between_nodes_is_not_told_apart_a_plan_says_so(setup):
+    text = plan_text(plan(setup, topology="h100:8", chip=CHIPS["h100"], slices=2))
+    assert "between slices is slower than the links (400 instead of 3600 Gbit/s per chip)" in text
+    assert "not counted" not in plan_text(plan(setup))
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,29 @@ def stage(name="generate", peak=2.0 * GIB, **changes) -> Stage:
         ("v6e:4x4", 4, "v6e:2x2"),
     ],
 )
-def test_a_group_is_a_part_of_one_host(machine, chips, wanted):
+def test_a_group_is_a_part_of_one_host(compiler, machine, chips, wanted):
     assert group_topology(machine, chips) == wanted
 
 
-@pytest.mark.parametrize("machine,chips", [("v5e:4x4", 8), ("v5e:4x4", 3), ("v5e:1x1", 4)])
-def test_a_group_that_no_host_has_is_refused(machine, chips):
-    with pytest.raises(ConfigError, match=rf"on {machine} by 1, 2, 4, not {chips} of them"):
+@pytest.mark.parametrize(
+    "machine,chips,sizes",
+    [
+        ("v5e:4x4", 8, "1, 2, 4"),
+        ("v5e:4x4", 3, "1, 2, 4"),
+        ("v5e:2x4", 3, "1, 2, 4, 8"),
+        ("v5e:1x2", 4, "1, 2"),
+        ("v5e:1x1", 2, "1"),
+    ],
+)
+def test_a_group_that_no_host_has_is_refused_with_those_that_it_has(compiler, machine, chips, sizes):
+    with pytest.raises(ConfigError, match=rf"on {machine} by {sizes}, not {chips} of them"):
         group_topology(machine, chips)
+
+
+@pytest.mark.parametrize("machine", ["v5e:99x99", "v5e:3x5"])
+def test_a_group_of_a_machine_that_there_is_not_is_refused(compiler, machine):
+    with pytest.raises(ConfigError, match=rf"the compiler knows no topology '{machine}'"):
+        group_topology(machine, 1)
 
 
 def test_a_loop_that_ends_when_its_answers_do_counts_as_often_as_it_may_run():

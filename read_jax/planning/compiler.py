@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax
 from read_jax.errors import ReadJaxError
 from read_jax.planning.chips import GIB, Chip
 from read_jax.planning.gpus import COMPILER_OPTIONS
-from read_jax.planning.hlo import Traffic, collectives
+from read_jax.planning.hlo import BETWEEN_SLICES, Traffic, UnknownTraffic, collectives
 
 _USED = re.compile(
     r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|required for HLO temporaries \(([\d.]+)([KMG])\) exceeds",
@@ -39,37 +40,60 @@ class Memory:
         return self.arguments is not None and self.peak <= chip.memory
 
 
-def compile_lowered(lowered: jax.stages.Lowered, chip: Chip) -> tuple[jax.stages.Compiled | None, Memory]:
+def compile_lowered(
+    lowered: jax.stages.Lowered, chip: Chip, dump: str | None = None
+) -> tuple[jax.stages.Compiled | None, Memory]:
     """The program, None if it does not fit, and its memory; raises `ReadJaxError` when compiling fails
-    otherwise."""
+    otherwise.
+
+    dump: a folder, into which the TPU compiler then writes the program, for `traffic_of`.
+    """
+    options: dict[str, Any] | None = COMPILER_OPTIONS if chip.generation else None
+    if dump is not None and not chip.generation:
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
     try:
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS if chip.generation else None)
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         return None, Memory(None, None, None, _wanted(error))
     return compiled, memory_of(compiled)
 
 
 def traffic_of(
-    compiled: jax.stages.Compiled, devices: int, open_rounds: int = 1
+    compiled: jax.stages.Compiled, devices: int, open_rounds: int = 1, dump: str | None = None
 ) -> Mapping[str, Traffic] | None:
-    """`collectives` of a program for so many devices; None where this JAX cannot read the compiler's text.
+    """`collectives` of a program for so many devices; None where the compiler's text cannot be read.
 
-    libtpu may be newer than what JAX prints programs with, and know operations that it does not.
+    libtpu may be newer than what JAX prints programs with, and know operations that it does not: then it is
+    read from what the compiler itself has written into the folder `dump`.
     """
     if devices == 1:
         return {}
     try:
-        text = compiled.as_text() or ""
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
+        text = _dumped(dump)
+    if not text:
         return None
-    return collectives(text, open_rounds)
+    try:
+        return collectives(text, open_rounds)
+    except UnknownTraffic:
+        return None
+
+
+def _dumped(folder: str | None) -> str | None:
+    """A program's optimised text; None where the folder has no such text, or those of several programs."""
+    found = list(Path(folder).glob("*.after_optimizations.txt")) if folder else []
+    return found[0].read_text(encoding="utf-8", errors="replace") if len(found) == 1 else None
 
 
 def link_seconds(traffic: Mapping[str, Traffic] | None, chip: Chip) -> dict[str, float]:
-    """{"links": seconds that sending takes at least}; nothing where it is not known what is sent."""
+    """Seconds that sending takes at least: over the "links", and "between slices" where that is told apart;
+    nothing where it is not known what is sent."""
     if traffic is None:
         return {}
-    return {"links": sum(kind.bytes for kind in traffic.values()) / chip.link}
+    near = sum(sent.bytes for kind, sent in traffic.items() if kind != BETWEEN_SLICES)
+    far = traffic.get(BETWEEN_SLICES)
+    return {"links": near / chip.link} | ({BETWEEN_SLICES: far.bytes / chip.network} if far else {})
 
 
 def serialize_compiled(compiled: jax.stages.Compiled) -> bytes:

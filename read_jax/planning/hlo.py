@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"
+"""A kind of its own: what chips hand to their hosts, for the network that joins slices of TPUs."""
 
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -18,8 +20,18 @@ _BEGUN = re.compile(r"^\s+(?:ROOT )?%?async-collective-start[\w.\-]* = .*calls=%
 _FUSED = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_EVERYBODY = re.compile(r"replica_groups=\{\}")
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
+_AXIS = re.compile(r"'?([\w.\-]+)'?=(\d+)")
+_TAKEN = re.compile(r"'?([\w.\-]+)'?(?::\(\d+\)(\d+))?")
+_SIZES = re.compile(r"\b(?:replica_count|num_partitions)=(\d+)")
+_MEGASCALE = re.compile(r' send\(.*_xla_host_transfer_handler_name="xla_megascale_runtime"')
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x')
+_ENDS = re.compile(r"_xla_megascale_target=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
+_SLICE = 100000  # in a list of ends: a device of slice 2 is 200000 and its number
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
@@ -27,6 +39,10 @@ _BELOW = re.compile(r"^\s+ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), directi
 _PART = re.compile(r"^\s+%?([\w.\-]+) = .* get-tuple-element\(.*\), index=(\d+)")
 _ADDED = re.compile(r"^\s+%?([\w.\-]+) = [su]\d+\[\]\S* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
 _AFTER = re.compile(r"^\s+ROOT .* tuple\((.*?)\)(?:, metadata|, backend_config|$)")
+
+
+class UnknownTraffic(ValueError):
+    """A program's text does not tell, in a way known here, who takes part in what is sent."""
 
 
 class Traffic(NamedTuple):
@@ -41,7 +57,10 @@ def collectives(text: str, open_rounds: int = 1) -> dict[str, Traffic]:
     """What a program's optimised text (`Compiled.as_text()`) sends between devices, by kind of collective.
 
     open_rounds: of a loop whose number of rounds the program does not tell.
+
+    Raises `UnknownTraffic` where a collective's groups are not understood: nothing is guessed.
     """
+    everybody = _everybody(text)
     computations = dict(_computations(text))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     bodies = {name: lines for name, (_, lines) in computations.items()}
@@ -52,18 +71,22 @@ def collectives(text: str, open_rounds: int = 1) -> dict[str, Traffic]:
     for name, lines in bodies.items():
         for line in lines:
             match = _OPERATION.match(line)
+            if match and _MEGASCALE.search(line):
+                found.append((False, None, BETWEEN_SLICES, times[name], _to_other_slices(match[2], line)))
+                continue
             kind = match[3].removesuffix("-start") if match else ""
             if match is None or kind not in COLLECTIVES:
                 continue
             size = _result_bytes(match[2], kind, asynchronous=match[3].endswith("-start"))
-            size *= _moved(kind, _members(line))
+            if kind != "collective-permute":
+                size *= _moved(kind, _members(line, everybody))
             channel = _CHANNEL.search(line)
             piece = name in fused and name not in begun
             found.append((piece, channel and channel[1], kind, times[name], size))
     # one that runs beside other work is written where it begins, and in every piece of that work
-    begins = {channel for piece, channel, *_ in found if not piece}
+    begins = {channel for piece, channel, *_ in found if channel and not piece}
     traffic = {}
-    for kind in COLLECTIVES:
+    for kind in (*COLLECTIVES, BETWEEN_SLICES):
         own = [
             (rounds, size)
             for piece, channel, of, rounds, size in found
@@ -159,10 +182,8 @@ def _result_bytes(shapes: str, kind: str, asynchronous: bool) -> float:
     return sum(sizes)
 
 
-def _moved(kind: str, members: int | None) -> float:
+def _moved(kind: str, members: int) -> float:
     """Bytes that a device sends, for each byte of its result, with so many devices in a group."""
-    if members is None or kind == "collective-permute":
-        return 2.0 if kind == "all-reduce" else 1.0
     if kind == "all-reduce":  # a reduce-scatter, and an all-gather
         return 2 * (members - 1) / members
     if kind == "reduce-scatter":  # the result is a device's part alone
@@ -170,13 +191,64 @@ def _moved(kind: str, members: int | None) -> float:
     return (members - 1) / members
 
 
-def _members(line: str) -> int | None:
-    """Devices of a collective's groups: {{0,1},{2,3}} or [groups,members]<=[...]; None: it does not tell."""
-    listed = _LISTED.search(line)
+def _members(line: str, everybody: int | None) -> int:
+    """Devices of a collective's (largest) group; raises `UnknownTraffic`.
+
+    Groups are written {{0,1},{2,3}}; [groups,members]<=[...]; mesh['a'=2,'b'=4] {'a','b':(1)2}, which is all
+    of axis a and two of axis b; or {}: everybody.
+    """
+    listed, counted, of_mesh = (form.search(line) for form in (_LISTED, _COUNTED, _OF_MESH))
     if listed:
-        return listed[1].count(",") + 1
-    counted = _COUNTED.search(line)
-    return int(counted[1]) if counted else None
+        return max(group.count(",") + 1 for group in listed[1].split("},{"))
+    if counted:
+        return int(counted[1])
+    if of_mesh:
+        axes = {name: int(size) for name, size in _AXIS.findall(of_mesh[1])}
+        taken = [_TAKEN.fullmatch(axis.strip()) for axis in of_mesh[2].split(",") if axis.strip()]
+        sizes = [axis and (int(axis[2]) if axis[2] else axes.get(axis[1])) for axis in taken]
+        if None not in sizes:
+            return math.prod(size for size in sizes if size)
+    if _EVERYBODY.search(line) and everybody:
+        return everybody
+    raise UnknownTraffic(f"the groups of a collective are not understood: {line.strip()[:300]}")
+
+
+def _everybody(text: str) -> int | None:
+    """Devices that run the program (of one slice, where there are several); None: it does not tell."""
+    head = text.partition("\n")[0]
+    return math.prod(map(int, _SIZES.findall(head))) if head.startswith("HloModule") else None
+
+
+def _to_other_slices(shapes: str, line: str) -> float:
+    """Bytes that a device sends to other slices at least, by what it hands to its host; raises
+    `UnknownTraffic`."""
+    transfer, slices = _TRANSFER.search(line), _slices(line)
+    # what is handed over, and then a number of its own
+    size = sum(
+        math.prod(int(n) for n in dims.split(",") if n) * _item_bytes(item)
+        for item, dims in _SHAPE.findall(shapes)[:-1]
+    )
+    moved = {
+        "ONE_TO_ONE": 1.0,
+        "ALL_GATHER": slices - 1,  # it hands over its part alone
+        "ALL_REDUCE": 2 * (slices - 1) / slices,
+        "REDUCE_SCATTER": (slices - 1) / slices,
+        "ALL_TO_ALL": (slices - 1) / slices,
+    }
+    if transfer is None or transfer[1] not in moved or (slices < 2 and transfer[1] != "ONE_TO_ONE"):
+        raise UnknownTraffic(f"what is sent between slices is not understood: {line.strip()[:600]}")
+    return size * moved[transfer[1]]
+
+
+def _slices(line: str) -> int:
+    """Slices that take part in what is sent between them, written "{1,2}x{0:3}" or {{100000,200000},...}; 1:
+    it does not tell."""
+    slices, ends = _SLICES.search(line), _ENDS.search(line)
+    if slices:
+        ranges = [part.split(":") for part in slices[1].split(",")]
+        return sum(int(part[-1]) - int(part[0]) + 1 for part in ranges)
+    groups = ends[1].strip("{}").split("},{") if ends else []
+    return max((len({int(end) // _SLICE for end in group.split(",")}) for group in groups), default=1)
 
 
 def _item_bytes(kind: str) -> float:

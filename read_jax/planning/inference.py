@@ -7,6 +7,7 @@ programs are compiled in their order, each over what the one before it leaves on
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -197,13 +198,15 @@ def _stages(model: ReadConfig, mode: Mode, chip: Chip, mesh: Mesh, load: Load) -
         """The stage, and what it leaves; waiting: abstract arrays that stay meanwhile beside its own."""
         lowered = programs.lower(name, *args)
         began = time.perf_counter()
-        compiled, memory = compile_lowered(lowered, chip)
-        seconds, traffic, out = time.perf_counter() - began, {}, None
+        with tempfile.TemporaryDirectory() as dump:
+            compiled, memory = compile_lowered(lowered, chip, dump)
+            seconds, traffic, out = time.perf_counter() - began, {}, None
+            if compiled is not None:
+                traffic = traffic_of(compiled, mesh.size, open_rounds, dump)
         if compiled is not None and memory.arguments is not None:
             # a program's own arguments are those that it uses; the others stay where they are all the same
             held = bytes_per_device((programs.params, waiting)) + _whole_bytes(args)
             memory = dataclasses.replace(memory, peak=memory.peak - memory.arguments + held)
-            traffic = traffic_of(compiled, mesh.size, open_rounds)
             out = jax.tree.map(
                 lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                 compiled.out_info,

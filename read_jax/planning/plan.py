@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -75,8 +76,8 @@ class Plan:
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds that an update takes at least, by what would bound it; the slow network between slices is
-        taken for as fast as the links."""
+        """Seconds that an update takes at least, by what would bound it. The network between slices of TPUs
+        is there by itself; that between nodes of GPUs is taken for as fast as the links."""
         return {
             "arithmetic": self.cost.done / self.chip.flops,
             "memory": self.cost.bytes / self.chip.bandwidth,
@@ -102,7 +103,8 @@ def make_plan(
         setup: of `set_up`.
         topology: such as "v5e:4x4", of one slice, or "h100:8", of one node.
         mesh: None: the run's own.
-        serialize: keep the executable.
+        serialize: keep the executable. The compiler then does not write the program down too, since it would
+            keep the folder's name in the executable: what JAX cannot read of it is not known.
 
     Raises:
         ConfigError: no such topology, no compiler, or the mesh does not suit model or batch.
@@ -117,11 +119,12 @@ def make_plan(
     lowered = program.function.lower(*program.arguments)
     began = time.perf_counter()
     serialized, traffic = None, {}
-    compiled, memory = compile_lowered(lowered, chip)
-    if compiled is not None:
-        traffic = traffic_of(compiled, placed.size)
-        if serialize:
-            serialized = serialize_compiled(compiled)
+    with tempfile.TemporaryDirectory() as dump:
+        compiled, memory = compile_lowered(lowered, chip, None if serialize else dump)
+        if compiled is not None:
+            traffic = traffic_of(compiled, placed.size, dump=dump)
+    if compiled is not None and serialize:
+        serialized = serialize_compiled(compiled)
     data = setup.config.data
     cost = train_cost(setup, placed, kernels=chip.generation is None)
     return Plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from read_jax.planning.chips import GIB
+from read_jax.planning.hlo import BETWEEN_SLICES
 from read_jax.planning.inference import InferencePlan
 from read_jax.planning.plan import UTILISATIONS, Candidate, Plan
 
@@ -39,7 +40,7 @@ def plan_text(plan: Plan, *, pictures: int | None = None, price: float | None = 
         "from its memory"
     )
     if plan.traffic is None:
-        lines.append("sent         unknown: this JAX cannot read what the compiler made")
+        lines.append("sent         unknown: what the compiler made cannot be read")
     for kind, traffic in (plan.traffic or {}).items():
         lines.append(f"{kind:<20} {traffic.number:,} of {traffic.bytes / 1e9:.2f} GB per chip and update")
     lines += _speed(plan, pictures, price)
@@ -52,8 +53,12 @@ def _speed(plan: Plan, pictures: int | None, price: float | None) -> list[str]:
     bound = max(times, key=lambda name: times[name])
     each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
     lines = [f"an update takes at least {times[bound]:.2f} s, bound by {bound} ({each})"]
-    if plan.slices > 1:
-        lines.append("not counted: that the network between slices is slower than the links")
+    if plan.slices > 1 and BETWEEN_SLICES not in times:
+        far, near = (speed * 8 / 1e9 for speed in (plan.chip.network, plan.chip.link))
+        lines.append(
+            "not counted: that the network between slices is slower than the links "
+            f"({far:.0f} instead of {near:.0f} Gbit/s per chip)"
+        )
     for share in UTILISATIONS:
         # a share of the peak in useful operations, but never faster than what bounds it
         seconds = max(plan.cost.useful / plan.chip.flops / share, times[bound])
@@ -91,7 +96,7 @@ def inference_text(plan: InferencePlan) -> str:
         start = f"{stage.name:<14}{_gib(stage.memory.peak):>11}{times['arithmetic']:>10.3f} s"
         start += f"{times['memory']:>7.3f} s"
         if stage.traffic is None:
-            lines.append(f"{start}   unknown   this JAX cannot read what the compiler made")
+            lines.append(f"{start}   unknown   what the compiler made cannot be read")
         else:
             sent = sum(traffic.bytes for traffic in stage.traffic.values())
             lines.append(f"{start}{times['links']:>7.3f} s   {sent / 1e9:.2f} GB")
