@@ -78,7 +78,7 @@ class Checkpoints:
         self._quiet.enter_context(quiet())
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._saving: int | None = None
-        self._last = self._failed = False
+        self._last = False
         self._open = True
 
     def tell(self, say: Say) -> None:
@@ -162,7 +162,8 @@ class Checkpoints:
 
     def _give_up(self, error: Exception) -> None:
         step, self._saving = self._saving, None
-        self._failed = True
+        # what Orbax left running complains until the very end of the process
+        logging.getLogger("asyncio").disabled = True
         for partial in self._folder.glob(f"{step}{_PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
         self._manager.reload()
@@ -219,7 +220,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written; closed already, it does nothing."""
-        with self._quiet as opened:
+        with self._quiet:
             self._quiet = contextlib.ExitStack()
             self.poll(wait=True)
             if self._open:
@@ -228,8 +229,6 @@ class Checkpoints:
                     self._manager.close()
                 except Exception as error:  # of whatever kind the storage gives
                     self._say(f"the checkpoints in {self._folder} could not be closed ({reason(error)}).")
-            if self._failed:  # what Orbax left running complains until the very end of the process
-                opened.pop_all()
 
     def _read(self, step: int, template: TrainState) -> tuple[dict[str, Any], TrainState]:
         """(meta, state); every process comes to the same end, whichever of them finds something damaged."""
@@ -438,12 +437,11 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Orbax's messages, and those of its tasks that nobody asked how they ended."""
+    """Without Orbax's messages, and those of its threads that outlive their loop."""
     hook = sys.excepthook
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
 
     def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if str(error) != "Event loop is closed":  # a write that ends after the one that failed
@@ -454,5 +452,4 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         sys.excepthook = hook
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(before)
