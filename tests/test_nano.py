@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import read_jax
 from read_jax import cli
 from read_jax.data import load_source
 from read_jax.errors import CheckpointError
+from read_jax.training.config import TrainConfig, load_config
 from read_jax.weights.checkpoint import BUNDLED_MODELS, load_record, model_folder
 
 DATA = Path(__file__).parent / "data"
@@ -29,6 +32,18 @@ def test_it_is_found_by_its_name_and_small():
     assert folder == BUNDLED_MODELS / "nano"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < LIMIT
     assert load_record("nano").source["trained_updates"] > 0
+
+
+def test_it_comes_with_the_configurations_and_seeds_that_made_it():
+    parts = json.loads((BUNDLED_MODELS / "nano_training.json").read_text())
+    assert [part["recipe"] for part in parts] == ["nano_scenes"] + 3 * ["nano_continued"]
+    for part in parts:
+        made = TrainConfig.from_dict(part["config"])
+        now = load_config(part["recipe"], part["changes"])
+        # there was no limit to the gradient's norm yet
+        step = dataclasses.replace(now.step, max_gradient_norm=made.step.max_gradient_norm)
+        assert made == dataclasses.replace(now, step=step)
+    assert parts[-1]["config"]["optimizer"]["total_updates"] == load_record("nano").source["trained_updates"]
 
 
 def test_a_model_folder_of_that_name_goes_first_and_any_other_folder_does_not(tmp_path, monkeypatch):
