@@ -4,7 +4,9 @@
 seeds each, from a nano model that answers and points but whose mask decoder, prompt encoder and projection
 are new: `start.model` names it. (The shipped one, which stands there otherwise, draws its masks already.)
 
-Expected: no score is known yet.
+Expected: measured on 300 pictures of scenes|test, right answers given, questions whose target exists, mean
+and deviation of three seeds, gIoU / cIoU: off 35.6 ± 1.5 / 39.9 ± 1.2, discrete 68.3 ± 0.3 / 67.1 ± 0.6,
+continuous 68.3 ± 0.3 / 67.2 ± 0.7.
 """
 
 from ml_collections import ConfigDict
@@ -19,8 +21,8 @@ def get_config() -> ConfigDict:
     config.data.rates = {"scenes|train": 1.0}
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_updates = 20
-    config.optimizer.total_updates = 300
+    config.optimizer.total_updates = 200
     config.step.ema_decay = 0.98
-    config.validation.every = 300
-    config.checkpoints.every = 300
+    config.validation.every = 200
+    config.checkpoints.every = 200
     return config
