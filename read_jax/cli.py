@@ -17,6 +17,7 @@ from read_jax.commands.segment import add_segment
 from read_jax.commands.train import add_cache, add_merge, add_train
 from read_jax.commands.weights import add_convert, add_export, add_inspect
 from read_jax.errors import AGAIN, BROKEN, ReadJaxError
+from read_jax.planning.libtpu import quiet_without_tpu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names and answers may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
+    quiet_without_tpu()
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()

@@ -78,9 +78,9 @@ def test_to_answer_chips_share_a_model_by_tensor(mesh, chips, compiled):
     ("options", "words"),
     [
         (("--mesh", "fsdp=16,fsdp=4"), "says twice"),
-        (("--mesh", "fsdp=4,tensor=4", "serve"), "tensor=N alone, not fsdp=4,tensor=4"),
+        (("--mesh", "fsdp=4,tensor=4", "serve"), "tensor=N, not fsdp=4,tensor=4"),
         (("--mesh", "model=1", "serve"), "the axes are data, fsdp and tensor"),
-        (("--pictures", "100", "--price", "nan"), "--price must be a positive number"),
+        (("--pictures", "100", "--price", "nan"), "--price must be positive"),
     ],
     ids=str,
 )

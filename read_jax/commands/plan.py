@@ -90,7 +90,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise ConfigError("--price is for an epoch: give its --pictures too.")
     for name in ("pictures", "price"):
         if getattr(arguments, name) is not None and not 0 < getattr(arguments, name) < math.inf:
-            raise ConfigError(f"--{name} must be a positive number.")
+            raise ConfigError(f"--{name} must be positive, and a number.")
     for file in filter(None, (arguments.json, arguments.save)):  # known before minutes of compiling
         path = Path(file).expanduser().absolute()
         if not path.parent.is_dir():
@@ -214,7 +214,7 @@ def _group(mesh: str | None) -> int:
         sizes[axis] = size
     tensor = sizes.pop("tensor", "1")
     if not tensor.isdecimal() or int(tensor) < 1 or any(size != "1" for size in sizes.values()):
-        raise ConfigError(f"to answer, chips share a model by --mesh tensor=N alone, not {mesh}.")
+        raise ConfigError(f"to answer, chips share a model by --mesh tensor=N, not {mesh}.")
     if not set(sizes) <= {"data", "fsdp"}:
         raise ConfigError(f"--mesh {mesh}: the axes are data, fsdp and tensor.")
     return int(tensor)

@@ -12,6 +12,7 @@ from typing import Any
 
 from read_jax.errors import ConfigError
 from read_jax.planning.gpus import gpu_devices, target
+from read_jax.planning.libtpu import ALONE
 
 GIB = 2**30
 
@@ -63,14 +64,6 @@ CHIPS = {
 }
 """By name in a topology."""
 
-_ENVIRONMENT = {
-    # it would ask the cloud what machine this is
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # whatever is planned for: unset, it complains
-    # several processes may compile at the same time: none of them takes a device
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 _TOPOLOGY = re.compile(r"(?P<chip>\w+):(?P<shape>\d+(?:x\d+)*)")
 _SIDES = re.compile(r"[1-9][0-9]*(?:x[1-9][0-9]*){1,2}")  # of a side of 0 the compiler dies, Python with it
 
@@ -135,7 +128,7 @@ def topology_devices(text: str, slices: int = 1) -> Sequence[Any]:
     if chip.generation:
         description = target(chip.kind, chip.generation, chip.memory / JAX_TAKES, chip.bandwidth)
         return gpu_devices(description, slices, int(shape))
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if chip.name == "v4":

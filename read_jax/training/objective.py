@@ -56,7 +56,7 @@ class LossWeights(Config):
 
     def __post_init__(self) -> None:
         if any(not 0 <= value < math.inf for value in dataclasses.astuple(self)):
-            raise ConfigError(f"loss weights must be finite and not negative: {self}.")
+            raise ConfigError(f"loss weights must not be negative, nor infinite: {self}.")
         if not any(dataclasses.astuple(self)):
             raise ConfigError("all loss weights are zero: there is nothing to learn.")
 
