@@ -106,7 +106,7 @@ _TRIED = 3  # of a search: so many are compiled until one fits
 def _plan_training(arguments: argparse.Namespace) -> int:
     from read_jax.errors import ConfigError
     from read_jax.files import write_file
-    from read_jax.planning.plan import make_plan, search
+    from read_jax.planning.plan import make_plan, nearest_parts, search, suggested_mesh
     from read_jax.planning.programs import architecture, set_up
     from read_jax.planning.tables import candidates_table, plan_text
     from read_jax.training.config import load_config
@@ -122,11 +122,11 @@ def _plan_training(arguments: argparse.Namespace) -> int:
     setup = set_up(config, architecture(config, arguments.model))
     mesh = config.mesh
     if not arguments.search and not any(key in changed for key in ("mesh.data", "mesh.fsdp", "mesh.tensor")):
-        mesh = _suggested(search(setup, arguments.topology, mesh.slices), config.step).mesh
+        mesh = suggested_mesh(setup, arguments.topology, mesh.slices)
         print(f"no --mesh was given; by our own count this one suits: {_in_words(mesh)}", file=sys.stderr)
     if not arguments.search and not parted:
         wanted = load_config(arguments.config, arguments.changes).step.micro_batches
-        setup = setup.with_step(micro_batches=_parts(setup, arguments.topology, mesh, wanted))
+        setup = setup.with_step(micro_batches=nearest_parts(setup, arguments.topology, mesh, wanted))
         print(f"parts of the batch (step.micro_batches): {setup.config.step.micro_batches}", file=sys.stderr)
     if arguments.search:
         if arguments.mesh:
@@ -153,21 +153,6 @@ def _plan_training(arguments: argparse.Namespace) -> int:
     if arguments.save and plan.serialized:
         write_file(Path(arguments.save).expanduser(), plan.serialized)
     return 0 if plan.fits else 1
-
-
-def _suggested(found: list[Any], step: Any) -> Any:
-    """Of a search's candidates the best that recomputes as the recipe does."""
-    return next((c for c in found if c.remat == step.remat), found[0])
-
-
-def _parts(setup: Any, topology: str, mesh: Any, wanted: int) -> int:
-    """Parts of a batch that the devices of a mesh can share, as near as can be to those wanted."""
-    from read_jax.planning.plan import mesh_of
-    from read_jax.sharding import batch_devices
-
-    each, left = divmod(setup.config.data.global_batch, batch_devices(mesh_of(topology, mesh)))
-    possible = [n for n in range(1, each + 1) if each % n == 0] if not left else []
-    return min(possible, key=lambda n: (abs(n - wanted), n), default=1)  # 1 is refused, with the reason
 
 
 def _in_words(mesh: Any) -> str:

@@ -92,6 +92,7 @@ def add_export(commands: Any) -> None:
     )
     parser.add_argument("--best", action="store_true", help="of a run: as for read-jax merge")
     parser.add_argument("--average", action="store_true", help="of a run: as for read-jax merge")
+    parser.add_argument("--base", metavar="DIR", help="of a run: as for read-jax merge")
     parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument(
         "--format",
@@ -122,18 +123,21 @@ def _merged(arguments: argparse.Namespace) -> Iterator[str | Path]:
     from read_jax.weights.checkpoint import is_model_folder
 
     folder, output = arguments.model, arguments.output
-    chosen = {"best": arguments.best, "average": arguments.average}
+    chosen = {"best": arguments.best, "average": arguments.average, "base": arguments.base}
     checkpoints = Path(folder).expanduser() / "checkpoints"
     if is_model_folder(Path(folder).expanduser()) or not checkpoints.is_dir():
         if any(chosen.values()):
-            raise ConfigError(f"--best and --average choose among a run's checkpoints; {folder} is no run's.")
+            raise ConfigError(f"--best, --average and --base are for the folder of a run; {folder} is none.")
         yield folder
         return
     from read_jax.training.finish import finish
+    from read_jax.weights.folders import terminate_politely
 
+    if Path(output).expanduser().exists() and not arguments.overwrite:  # known before minutes of merging
+        raise ConfigError(f"output {output} exists already; pass --overwrite, or choose another.")
     beside = Path(output).expanduser().absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".read-jax-merged-", dir=beside) as merged:
+    with terminate_politely(), tempfile.TemporaryDirectory(prefix=".read-jax-merged-", dir=beside) as merged:
         record = finish(folder, Path(merged) / "model", **chosen)
         print(f"{folder}: merged after {record.source['trained_updates']} updates", file=sys.stderr)
         yield Path(merged) / "model"

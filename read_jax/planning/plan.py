@@ -23,7 +23,7 @@ from read_jax.planning.compiler import (
 from read_jax.planning.cost import Cost, train_cost
 from read_jax.planning.hlo import Traffic
 from read_jax.planning.programs import Setup, check_mesh, prefix_length, train_program
-from read_jax.sharding import MeshConfig, make_mesh
+from read_jax.sharding import MeshConfig, batch_devices, make_mesh
 
 UTILISATIONS = (0.4, 0.6)
 """Shares of the peak that well-made training reaches."""
@@ -210,6 +210,22 @@ def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
         return (False, math.log(c.seconds / best) // 0.01, c.mesh.tensor, c.cost.memory)
 
     return sorted(found, key=rank)
+
+
+def suggested_mesh(setup: Setup, topology: str, slices: int = 1) -> MeshConfig:
+    """That of the best candidate of a `search` that recomputes as the run does."""
+    found = search(setup, topology, slices)
+    return next((c for c in found if c.remat == setup.config.step.remat), found[0]).mesh
+
+
+def nearest_parts(setup: Setup, topology: str, mesh: MeshConfig, wanted: int) -> int:
+    """Parts of the run's batch that the devices of a mesh can share evenly, as near as can be to so many.
+
+    1 if there are none: it is refused, with the reason, when the step is made.
+    """
+    each, left = divmod(setup.config.data.global_batch, batch_devices(mesh_of(topology, mesh)))
+    possible = [] if left else _divisors(each)
+    return min(possible, key=lambda n: (abs(n - wanted), n), default=1)
 
 
 def _divisors(number: int) -> list[int]:

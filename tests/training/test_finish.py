@@ -121,6 +121,17 @@ def test_a_runs_folder_is_exported_with_its_adapters_merged(run, tmp_path, capsy
     )
     assert ours == theirs and ours
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "of-model", "of-run"]
+    assert cli.main(["export", str(workdir), "--output", str(tmp_path / "of-run")]) == 1
+    assert "exists already; pass --overwrite" in capsys.readouterr().err  # before anything is merged
+
+
+def test_of_what_is_no_run_no_checkpoint_is_chosen(run, tmp_path, capsys):
+    start, workdir, _ = run
+    assert cli.main(["export", str(start), "--best", "--output", str(tmp_path / "hf")]) == 1
+    assert "is none" in capsys.readouterr().err
+    shutil.copytree(start, tmp_path / "moved")
+    asked = ["export", str(workdir), "--base", str(tmp_path / "moved"), "--output", str(tmp_path / "hf")]
+    assert cli.main(asked) == 0
 
 
 def test_a_base_that_is_elsewhere_now_is_asked_for(run, tmp_path):
