@@ -34,6 +34,19 @@ def test_it_is_found_by_its_name_and_small():
     assert load_record("nano").source["trained_updates"] > 0
 
 
+def test_a_changed_byte_is_found_by_inspect(tmp_path, capsys):
+    folder = shutil.copytree(BUNDLED_MODELS / "nano", tmp_path / "nano")
+    assert cli.main(["inspect", str(folder), "--check"]) == 0
+    assert "every parameter is as it was written" in capsys.readouterr().out
+    chunk = folder / "params" / "llama.norm.scale" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[7] ^= 1
+    chunk.write_bytes(data)
+    assert cli.main(["inspect", str(folder)]) == 0  # which reads no parameter
+    assert cli.main(["inspect", str(folder), "--check"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_it_comes_with_the_configurations_and_seeds_that_made_it():
     parts = json.loads((BUNDLED_MODELS / "nano_training.json").read_text())
     assert [part["recipe"] for part in parts] == ["nano_scenes"] + 3 * ["nano_continued"]
