@@ -89,7 +89,8 @@ def main() -> None:
     for remat in options.remat:
         for pictures in options.pictures:
             if time.perf_counter() - began > 60 * options.minutes:
-                sys.exit("the time is up")
+                print("the time is up; what is left was not begun", file=sys.stderr)
+                return
             changes = [f"step.remat={remat}", "step.micro_batches=1", f"data.global_batch={pictures}"]
             config = load_config(options.config, [*changes, *options.change])
             case = {"remat": remat, "pictures": pictures, "questions": config.data.questions}
