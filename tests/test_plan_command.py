@@ -60,6 +60,21 @@ def test_without_a_mesh_one_is_suggested(compiled, capsys):
     assert f"this one suits: data={mesh.data},fsdp={mesh.fsdp}" in capsys.readouterr().err
 
 
+def test_a_search_compiles_the_best_of_the_batches_it_is_given(compiled, capsys):
+    with pytest.raises(Compiled):
+        run("--search", "--batch", "1,64")  # one picture cannot be shared, but by tensor
+    ((config, mesh),) = compiled
+    assert config.data.global_batch == 64 and mesh.data * mesh.fsdp * mesh.tensor == 16
+    assert "pictures/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch", ["0", "16,", "many"])
+def test_what_is_no_number_of_pictures_is_refused(batch, compiled, capsys):
+    with pytest.raises(SystemExit):
+        run("--batch", batch)
+    assert "are not numbers of pictures" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("mesh", "chips"), [("tensor=4", 4), ("fsdp=1,tensor=2", 2), ("data=1,fsdp=1,tensor=1", 1)]
 )
@@ -76,6 +91,7 @@ def test_to_answer_chips_share_a_model_by_tensor(mesh, chips, compiled):
         (("--mesh", "fsdp=4,tensor=4", "serve"), "tensor=N, not fsdp=4,tensor=4"),
         (("--mesh", "model=1", "serve"), "the axes are data, fsdp and tensor"),
         (("--pictures", "100", "--price", "nan"), "--price must be positive"),
+        (("--batch", "16,32"), "several numbers only for a --search"),
     ],
     ids=str,
 )

@@ -549,6 +549,18 @@ def test_a_search_ranks_what_fits_by_time(setup, compiler):
     assert "ways to run it" in candidates_table(found)
 
 
+def test_a_search_takes_the_batch_that_trains_most_pictures_a_second(setup, compiler):
+    found = search(setup, "v5e:2x2", batches=(1, 4, 16))  # one picture keeps four chips busy by tensor alone
+    fitting = [candidate for candidate in found if candidate.fits]
+    assert {candidate.pictures for candidate in found} == {1, 4, 16}
+    assert all(b.rate < 1.01 * a.rate for a, b in itertools.pairwise(fitting))
+    fast = {c.pictures for c in fitting if c.rate > 0.99 * fitting[0].rate and not c.mesh.tensor > 1}
+    assert found[0].pictures == min(fast) > 1
+    chosen = found[0].applied(setup).config
+    assert chosen.data.global_batch == found[0].pictures
+    assert (chosen.step.micro_batches, chosen.step.remat) == (found[0].micro_batches, found[0].remat)
+
+
 def test_a_scaled_down_step_compiles_for_a_tpu_within_its_memory_traffic_and_operations(
     compiler, monkeypatch
 ):

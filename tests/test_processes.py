@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 
 from read_jax.errors import AGAIN, ConfigError, ReadJaxError
 from read_jax.files import only_writer
@@ -30,6 +31,12 @@ from tests.training.tiny_run import PATIENCE, Command, Process, lines, results, 
 
 UPDATES, EVERY = 20, 10
 WITHOUT_MASKS = ("losses.bce=0.0", "losses.dice=0.0")  # most of what there is to compile
+VALIDATED = (
+    "validation.dataset=scenes|val",
+    f"validation.every={EVERY}",
+    "validation.limit=12",  # two batches, the second of which is not full
+    "validation.pictures=6",  # the last two of them the second process's
+)
 MINUTE = 60
 
 
@@ -113,6 +120,9 @@ def assert_like_one_process(several, one):
     ours, theirs = results(several), results(one)
     assert [line["step"] for line in ours["metrics"]] == [line["step"] for line in theirs["metrics"]]
     for line, wanted in zip(ours["metrics"], theirs["metrics"], strict=True):
+        if "validation" in wanted:
+            assert line["validation"] == pytest.approx(wanted["validation"], rel=1e-4), line["step"]
+            continue
         for key in ("total", "ce", "bce", "dice", "gradient_norm", "parameter_norm"):
             assert line[key] == pytest.approx(wanted[key], rel=1e-5), (line["step"], key)
     others = {line["step"]: line["examples"] for line in lines(several / "examples-00001.jsonl")}
@@ -139,9 +149,15 @@ def test_a_job_of_which_one_process_dies_ends_and_goes_on_as_one_process_to_the_
 
 @pytest.mark.slow
 def test_masks_and_all_two_processes_train_as_one(jobs):
-    finish(jobs.train("one-whole", processes=1))
-    finish(jobs.train("two-whole"))
+    finish(jobs.train("one-whole", *VALIDATED, processes=1))
+    finish(jobs.train("two-whole", *VALIDATED))
     assert_like_one_process(jobs.folder / "two-whole", jobs.folder / "one-whole")
+    drawn = {run: sorted((jobs.folder / run).glob("pictures/**/*.png")) for run in ("one-whole", "two-whole")}
+    ours, theirs = ([np.asarray(Image.open(path), np.float32) for path in paths] for paths in drawn.values())
+    assert len(ours) == len(theirs) > 0
+    assert [path.name for path in drawn["one-whole"]] == [path.name for path in drawn["two-whole"]]
+    for picture, wanted in zip(ours, theirs, strict=True):
+        assert np.mean(picture != wanted) < 0.01  # here and there a pixel at the edge of a mask
 
 
 @pytest.mark.slow

@@ -50,9 +50,10 @@ def add_plan(commands: Any) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=int,
-        metavar="N",
-        help="pictures of an update (default: the recipe's), or that are answered about together (8)",
+        type=_batches,
+        metavar="N[,N...]",
+        help="pictures of an update (default: the recipe's), several for --search; evaluate, serve: those "
+        "answered about together (8)",
     )
     parser.add_argument(
         "--questions", type=int, metavar="N", help="evaluate, serve: about each picture together (default: 4)"
@@ -70,7 +71,8 @@ def add_plan(commands: Any) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="rank meshes, parts of the batch and remat policies by our own count, and compile the best",
+        help="rank batch sizes (of --batch), meshes, parts of the batch and remat policies by our own count, "
+        "and compile the best",
     )
     parser.add_argument("--save", metavar="FILE", help="train: keep the executable")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
@@ -97,6 +99,8 @@ def _plan(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"there is no folder for {file}.")
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ConfigError(f"{file} cannot be written: it is a folder, or in one that is read-only.")
+    if arguments.batch and len(arguments.batch) > 1 and not arguments.search:
+        raise ConfigError("--batch takes several numbers only for a --search.")
     return _plan_training(arguments) if training else _plan_answering(arguments)
 
 
@@ -112,8 +116,8 @@ def _plan_training(arguments: argparse.Namespace) -> int:
     from read_jax.training.config import load_config
 
     changes = list(arguments.changes)
-    if arguments.batch is not None:
-        changes.append(f"data.global_batch={arguments.batch}")
+    if arguments.batch:
+        changes.append(f"data.global_batch={arguments.batch[0]}")
     placed = _mesh_changes(arguments.mesh, arguments.slices)
     changed = [change.partition("=")[0] for change in (*changes, *placed)]
     parted = "step.micro_batches" in changed
@@ -131,14 +135,14 @@ def _plan_training(arguments: argparse.Namespace) -> int:
     if arguments.search:
         if arguments.mesh:
             raise ConfigError("--search looks for the mesh: leave --mesh away.")
-        found = search(setup, arguments.topology, mesh.slices)
+        found = search(setup, arguments.topology, mesh.slices, arguments.batch or ())
         print(candidates_table(found))
         if not found or not found[0].fits:
             print("fits: no (by the estimate, none of them; nothing was compiled)")
             return 1
     else:
         found = []
-    tried = [(c.mesh, setup.with_step(micro_batches=c.micro_batches, remat=c.remat)) for c in found if c.fits]
+    tried = [(c.mesh, c.applied(setup)) for c in found if c.fits]
     plan = None
     for place, stepped in tried[:_TRIED] or [(mesh, setup)]:
         if plan is not None:
@@ -168,7 +172,7 @@ def _plan_answering(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.changes)
     group = _group(arguments.mesh)
     asked = {
-        "pictures": arguments.batch,
+        "pictures": arguments.batch and arguments.batch[0],
         "questions": arguments.questions,
         "new_tokens": arguments.new_tokens,
     }
@@ -180,6 +184,14 @@ def _plan_answering(arguments: argparse.Namespace) -> int:
     print(inference_text(plan))
     _write_json(arguments.json, plan.to_dict())
     return 0 if plan.fits else 1
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    """Of "16,32"."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers of pictures, such as 16 or 16,32,64.")
+    return tuple(map(int, parts))
 
 
 def _write_json(path: str | None, data: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ from read_jax.errors import DataError, DataWorkerError
 ENDLESS = 1 << 48
 """Number of steps of a training run, to Grain."""
 _REMEMBERED = 1000
+_INLINE = 1 << 10
+"""Bytes of the smallest array that a worker hands over in shared memory."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,11 +131,12 @@ class Loader(Iterator[HostBatch]):
     def _check_share(self, per_example: list[tuple[Skipped, ...]]) -> None:
         """Raise `DataError` when too many pictures of late could not be used."""
 
-    def _too_many(self, bad: int, of: int, share: float) -> DataError:
+    def too_many(self, bad: int, of: int, share: float) -> DataError:
+        """That so many pictures could not be used; it names the last of this loader's own."""
         listed = "; ".join(f"{key}: {reason}" for key, reason in list(self.skipped)[-3:])
         return DataError(
-            f"{bad} of {of} pictures could not be used, more than the allowed share of {share:g}. "
-            f"The last ones: {listed}"
+            f"{bad} of {of} pictures could not be used, more than the allowed share of {share:g}."
+            + (f" The last ones: {listed}" if listed else "")
         )
 
     @abstractmethod
@@ -180,7 +183,9 @@ class Loader(Iterator[HostBatch]):
             flags.FLAGS.mark_as_parsed()
         tasks = _Range(self._task, self.step * self._per_step, self._steps * self._per_step)
         dataset = grain.MapDataset.source(tasks).to_iter_dataset(grain.ReadOptions(0, 0))  # no threads
-        options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
+        # what goes through a pipe must be little enough to be written at once: the rest of a message that a
+        # worker was killed in the middle of would be waited for without end
+        options = grain.experimental.DatasetOptions(min_shm_size=_INLINE)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
         if self._workers:
             self._check_shared_memory()

@@ -65,7 +65,7 @@ class PictureLoader(Loader):
 
     def _check_share(self, per_example: list[tuple[Skipped, ...]]) -> None:
         if self.skipped_count > self._max_bad_share * self._items:
-            raise self._too_many(self.skipped_count, self._items, self._max_bad_share)
+            raise self.too_many(self.skipped_count, self._items, self._max_bad_share)
 
     def _task_bytes(self) -> int:
         task = self._picture_task

@@ -171,7 +171,7 @@ class TrainingLoader(Loader):
         bad = sum(self._recent)
         draws = bad + len(self._recent)
         if draws >= _FEWEST and bad > self._max_bad_share * draws:
-            raise self._too_many(bad, draws, self._max_bad_share)
+            raise self.too_many(bad, draws, self._max_bad_share)
 
     def _task_bytes(self) -> int:
         return self._size * _example_bytes(self._packer, self._features)
@@ -203,12 +203,17 @@ class EvaluationLoader(Loader):
             _EvaluationTask(source, packer, self._units, shares), 1, len(shares), workers, buffer
         )
         self._source, self._packer, self._global_batch = source, packer, global_batch
-        self._places, self._share = int((shares >= 0).sum()), shares.shape[1]
+        self._own, self._share = int((shares >= 0).sum()), shares.shape[1]
         self._max_bad_share = max_bad_share
 
     def __len__(self) -> int:
         """Number of batches."""
         return self._steps
+
+    @property
+    def places(self) -> int:
+        """Of all hosts' batches, those that are not padding."""
+        return len(self._units)
 
     def fingerprint(self) -> dict[str, Any]:
         """The source, and how it is cut."""
@@ -228,8 +233,8 @@ class EvaluationLoader(Loader):
         self.skipped_count = 0
 
     def _check_share(self, per_example: list[tuple[Skipped, ...]]) -> None:
-        if self.skipped_count > self._max_bad_share * self._places:
-            raise self._too_many(self.skipped_count, self._places, self._max_bad_share)
+        if self.skipped_count > self._max_bad_share * self._own:
+            raise self.too_many(self.skipped_count, self._own, self._max_bad_share)
 
     def _task_bytes(self) -> int:
         return self._share * _example_bytes(self._packer)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -153,8 +153,10 @@ def mesh_of(topology: str, mesh: MeshConfig) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to run the step: mesh, parts and what is recomputed, and what it costs by our count."""
+    """A way to run the step: pictures of an update, mesh, parts and what is recomputed, and what it costs by
+    our count."""
 
+    pictures: int
     mesh: MeshConfig
     micro_batches: int
     remat: bool | str
@@ -171,18 +173,52 @@ class Candidate:
         """Of an update, at least, without the network between devices."""
         return max(self.cost.done / self.chip.flops, self.cost.bytes / self.chip.bandwidth)
 
+    @property
+    def rate(self) -> float:
+        """Pictures per second, at most."""
+        return self.pictures / self.seconds
 
-def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
+    def applied(self, setup: Setup) -> Setup:
+        """A run that does it this way, its mesh apart."""
+        return setup.with_batch(self.pictures).with_step(micro_batches=self.micro_batches, remat=self.remat)
+
+
+def search(setup: Setup, topology: str, slices: int = 1, batches: Sequence[int] = ()) -> list[Candidate]:
     """All meshes, parts and remat policies for a topology, best first, by our own count alone.
 
-    Those that are expected to fit come first, by time; of equally fast ones (within a hundredth) those that
-    share a picture among fewer devices, since what these send to one another is not counted, and then those
-    that need less memory, as the estimate is good within some tens of percent. Then the others, by memory.
+    Those that are expected to fit come first, by pictures per second; of equally fast ones (within a
+    hundredth) those that share a picture among fewer devices, since what these send to one another is not
+    counted, then those with fewer pictures in an update, and then those that need less memory, as the
+    estimate is good within some tens of percent. Then the others, by memory.
 
-    Raises `ConfigError` when no mesh of these devices can share the batch.
+    batches: pictures of an update to try; none: the run's own.
+
+    Raises `ConfigError` when no mesh of these devices can share any of the batches.
     """
+    found: list[Candidate] = []
+    refused = None
+    for pictures in batches or (setup.config.data.global_batch,):
+        try:
+            found += _ways(setup.with_batch(pictures), topology, slices)
+        except ConfigError as error:
+            refused = error
+    if refused and not found:
+        raise refused
+    best = max((c.rate for c in found if c.fits), default=1.0)
+
+    def rank(c: Candidate) -> tuple[float, ...]:
+        if not c.fits:
+            return (True, c.cost.memory)
+        return (False, math.log(best / c.rate) // 0.01, c.mesh.tensor, c.pictures, c.cost.memory)
+
+    return sorted(found, key=rank)
+
+
+def _ways(setup: Setup, topology: str, slices: int) -> list[Candidate]:
+    """Candidates of a `search` for one size of the batch."""
     chip, _ = parse_topology(topology)
     devices = len(topology_devices(topology, slices)) // slices
+    pictures = setup.config.data.global_batch
     found: list[Candidate] = []
     refused = None
     for tensor in (size for size in (1, 2, 4, 8) if devices % size == 0):
@@ -194,22 +230,15 @@ def search(setup: Setup, topology: str, slices: int = 1) -> list[Candidate]:
             except ConfigError as error:
                 refused = error
                 continue
-            per_device = setup.config.data.global_batch // (devices * slices // tensor)
+            per_device = pictures // (devices * slices // tensor)
             for parts in _divisors(per_device):
                 for remat in (True, "dots", False):
                     parted = setup.with_step(micro_batches=parts, remat=remat)
                     cost = train_cost(parted, placed, kernels=chip.generation is None)
-                    found.append(Candidate(mesh, parts, remat, cost, chip))
+                    found.append(Candidate(pictures, mesh, parts, remat, cost, chip))
     if refused and not found:
         raise refused
-    best = min((c.seconds for c in found if c.fits), default=1.0)
-
-    def rank(c: Candidate) -> tuple[float, ...]:
-        if not c.fits:
-            return (True, c.cost.memory)
-        return (False, math.log(c.seconds / best) // 0.01, c.mesh.tensor, c.cost.memory)
-
-    return sorted(found, key=rank)
+    return found
 
 
 def suggested_mesh(setup: Setup, topology: str, slices: int = 1) -> MeshConfig:

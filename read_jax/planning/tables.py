@@ -112,14 +112,15 @@ def candidates_table(found: Sequence[Candidate]) -> str:
     """The best candidates of a search."""
     lines = [f"{len(found)} ways to run it, by our own count (no network); the best:"]
     lines.append(
-        f"{'data':>5} {'fsdp':>5} {'tensor':>6} {'parts':>6}  {'remat':<6} {'memory':>10} {'update':>9}  fits"
+        f"{'pictures':>8} {'data':>5} {'fsdp':>5} {'tensor':>6} {'parts':>6}  {'remat':<6} {'memory':>10} "
+        f"{'update':>9} {'pictures/s':>11}  fits"
     )
     for candidate in found[:_SHOWN]:
         mesh = candidate.mesh
         lines.append(
-            f"{mesh.data * mesh.slices:>5} {mesh.fsdp:>5} {mesh.tensor:>6} {candidate.micro_batches:>6}  "
-            f"{candidate.remat!s:<6} {_gib(candidate.cost.memory):>10} {candidate.seconds:>7.2f} s  "
-            f"{'yes' if candidate.fits else 'no'}"
+            f"{candidate.pictures:>8} {mesh.data * mesh.slices:>5} {mesh.fsdp:>5} {mesh.tensor:>6} "
+            f"{candidate.micro_batches:>6}  {candidate.remat!s:<6} {_gib(candidate.cost.memory):>10} "
+            f"{candidate.seconds:>7.2f} s {candidate.rate:>11.1f}  {'yes' if candidate.fits else 'no'}"
         )
     return "\n".join(lines)
 

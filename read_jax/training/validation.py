@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from read_jax.data.item import Compat, Item, Source
+from read_jax.data.loader import HostBatch
 from read_jax.data.packing import Batch, Packer
 from read_jax.data.pipeline import MAX_BAD_SHARE, EvaluationLoader
+from read_jax.errors import ReadJaxError
 from read_jax.evaluation.metrics import MaskCounts, SegmentationMetrics
 from read_jax.images.drawing import draw_comparison, draw_similarity
-from read_jax.processes import from_equals, is_first, several, together
+from read_jax.processes import batch_shares, from_shares, is_first, together
 from read_jax.sharding import on_mesh, replicated
 from read_jax.training.objective import (
     Turns,
@@ -34,24 +37,54 @@ from read_jax.training.objective import (
     text_loss,
 )
 
-Array = jax.Array
+Array = Any  # on devices, or on the host
 
 
-class Scored(NamedTuple):
-    """A batch's answers.
+class Marks(NamedTuple):
+    """What is known of a batch's B rows beside its arrays.
 
-    counts: int32 [B, Q] each, as in `MaskCounts`; masks: bool [B, Q, Hm, Wm], on the canvas; points:
-    [B, Q, P, 2], in original pixels; labels: [B, Q, P]; similarity: [B, Q, N]; ce: the loss of the texts;
-    begun: int32 [B], answers whose first token is the model's own choice.
+    drawn: int32 [B], 1 + the number in the source of a picture to draw, 0 for others. unusable: int32 [B],
+    pictures that left a row empty.
     """
 
-    counts: tuple[Array, ...]
+    drawn: Array
+    unusable: Array
+
+
+class Shown(NamedTuple):
+    """What is drawn of a batch: D answers, each the first of its picture that has a mask.
+
+    drawn: int32 [D], as in `Marks`; scored: bool [D], whether there is such an answer; masks: bool, and
+    targets: uint8 [D, Hm, Wm], on the canvas; mask_size: [D, 2], as in `Batch`; points: [D, P, 2], in
+    original pixels; labels: [D, P]; similarity: [D, N].
+    """
+
+    drawn: Array
+    scored: Array
     masks: Array
+    targets: Array
+    mask_size: Array
     points: Array
     labels: Array
     similarity: Array
+
+
+class Scored(NamedTuple):
+    """What is said of a batch, the same in every process.
+
+    counts: int32 [B, Q] each, as in `MaskCounts`; scored: bool [B, Q], which of them count; ce: the loss of
+    the texts; tokens, answers: how many that is a mean over, and how many texts there are; begun: answers
+    whose first token is the model's own choice; unusable: pictures; shown: what is drawn.
+    """
+
+    counts: tuple[Array, ...]
+    scored: Array
     ce: Array
+    tokens: Array
+    answers: Array
     begun: Array
+    unusable: Array
+    shown: Shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +111,7 @@ class _First:
 
 
 class Validator:
-    """Scores a source again and again.
+    """Scores a source again and again. Every process prepares its share of each batch.
 
     Questions without a [SEG] in their answer are not scored. Masks are compared on the canvas of the batches:
     at the dataset's own size unless a picture is larger than the canvas.
@@ -109,12 +142,19 @@ class Validator:
     ) -> None:
         self._source = _First(source, min(limit or len(source), len(source)))
         self._packer, self._sharding = packer, sharding
-        self._loader = EvaluationLoader(self._source, packer, batch, max_bad_share=max_bad_share)
-        self._start = self._loader.state()
-        self._drawn = {f"{source.name}:{source[i].key}#0": i for i in range(min(pictures, len(self._source)))}
-        prefix_ids, image_start = packer.prefix_ids, packer.image_start
+        self._drawn: dict[str, int] = {}  # key: number in the source
+        for i in range(min(pictures, len(self._source))):
+            with contextlib.suppress(ReadJaxError):  # it is told of when its turn comes
+                self._drawn[f"{source.name}:{source[i].key}"] = i
+        share = batch_shares(sharding)[jax.process_index()]
+        # too many unusable ones are found out here, over all shares
+        self._loader = EvaluationLoader(
+            self._source, packer, batch, host_index=share.index, host_count=share.count, max_bad_share=1
+        )
+        self._start, self._max_bad_share = self._loader.state(), max_bad_share
+        prefix_ids, image_start, drawn = packer.prefix_ids, packer.image_start, len(self._drawn)
 
-        def score(params: Any, frozen: Any, batch: Batch) -> Scored:
+        def score(params: Any, frozen: Any, batch: Batch, marks: Marks) -> Scored:
             model = nnx.merge(graphdef, params, frozen, copy=True)
             out = forward(model, batch, prefix_ids, image_start)
             masks_of, parts = picture_masks(model, out, batch, image_start)
@@ -136,13 +176,28 @@ class Validator:
 
             states, targets = out.states[:, :, :-1], first_tokens(targets_of(batch))
             begun = map_pictures(begun_rightly, (states, targets), abreast)
-            ce = text_loss(model, out.states, batch, count(batch), Turns(abreast, recompute=False))
-            counts, masks, points, labels, similarity = map_pictures(of_picture, parts, abreast)
-            return Scored(counts, masks, points, labels, similarity, ce, begun)
+            of, scored = count(batch), batch.has_mask & batch.valid[:, None]
+            ce = text_loss(model, out.states, batch, of, Turns(abreast, recompute=False))
+            counts, *answers = map_pictures(of_picture, parts, abreast)
+            rows = jnp.argsort(marks.drawn == 0, stable=True)[:drawn]  # those to draw come first
+            first = jnp.argmax(scored[rows], axis=1)
+            masks, points, labels, similarity = (x[rows, first] for x in answers)
+            shown = Shown(
+                marks.drawn[rows],
+                scored[rows, first],
+                masks,
+                batch.masks[rows, first],
+                batch.mask_size[rows],
+                points,
+                labels,
+                similarity,
+            )
+            unusable = jnp.sum(marks.unusable)
+            return Scored(counts, scored, ce, of.tokens, of.answers, jnp.sum(begun), unusable, shown)
 
-        # every process makes the whole of the batch, and gets the whole of the answer
-        whole = replicated(sharding.mesh) if several() else None
-        self._score = together(jax.jit(on_mesh(score, sharding.mesh), out_shardings=whole))
+        self._score = together(
+            jax.jit(on_mesh(score, sharding.mesh), out_shardings=replicated(sharding.mesh))
+        )
 
     def __call__(
         self, params: Any, frozen: Any, stop: Callable[[], bool] = lambda: False
@@ -153,10 +208,12 @@ class Validator:
         would begin as given, so whether it affirms or denies ("first_token_accuracy"), and how many masks
         were scored ("masks"); where pictures could not be used, also how many ("unusable").
 
-        Raises `DataError` when these are too many.
+        Pictures are drawn by the first process alone.
+
+        Raises `DataError`, in every process, when the unusable ones are too many.
         """
         metrics = SegmentationMetrics()
-        texts, tokens, begun, answers, pictures = 0.0, 0, 0, 0, []
+        texts, tokens, begun, answers, unusable, pictures = 0.0, 0, 0, 0, 0, []
         self._loader.restore(self._start)
         shown = None if is_first() else True  # on a terminal
         bar = tqdm(self._loader, "validating", len(self._loader), leave=False, file=sys.stderr, disable=shown)
@@ -165,43 +222,55 @@ class Validator:
                 bar.close()
                 self._loader.close()
                 return None
-            arrays = host.arrays
-            scored = self._score(params, frozen, from_equals(self._sharding, arrays))
-            kept = arrays.has_mask & arrays.valid[:, None]
-            numbers = MaskCounts(*(np.asarray(x) for x in scored.counts))
-            for b in np.flatnonzero(kept.any(axis=1)):
-                metrics.update_counts(MaskCounts(*(x[b][kept[b]] for x in numbers)))
-            counts = count(arrays)
-            supervised = int(counts.tokens)
-            begun, answers = begun + int(np.sum(scored.begun)), answers + int(counts.answers)
-            texts, tokens = texts + float(scored.ce) * supervised, tokens + supervised
-            for b, key in enumerate(host.keys):
-                if key in self._drawn and kept[b].any():
-                    pictures.append(self._draw(key, b, int(np.argmax(kept[b])), arrays, scored))
+            batch = from_shares(self._sharding, (host.arrays, self._marks(host)))
+            scored: Scored = jax.tree.map(np.asarray, self._score(params, frozen, *batch))
+            unusable += int(scored.unusable)
+            if unusable > self._max_bad_share * self._loader.places:
+                bar.close()
+                self._loader.close()
+                raise self._loader.too_many(unusable, self._loader.places, self._max_bad_share)
+            for row in np.flatnonzero(scored.scored.any(axis=1)):
+                metrics.update_counts(MaskCounts(*(x[row][scored.scored[row]] for x in scored.counts)))
+            begun, answers = begun + int(scored.begun), answers + int(scored.answers)
+            texts, tokens = texts + float(scored.ce) * int(scored.tokens), tokens + int(scored.tokens)
+            if is_first():
+                for row in np.flatnonzero((scored.shown.drawn > 0) & scored.shown.scored):
+                    pictures.append(self._draw(Shown(*(x[row] for x in scored.shown))))
         result = metrics.result()
         scores = {name: float(result[name]) for name in ("giou", "ciou") if result[name] is not None}
         scores |= {"ce": texts / max(tokens, 1), "first_token_accuracy": begun / max(answers, 1)}
-        if self._loader.skipped_count:
-            scores["unusable"] = float(self._loader.skipped_count)
+        if unusable:
+            scores["unusable"] = float(unusable)
         return scores | {"masks": result["masks"]}, pictures
 
     def close(self) -> None:
         """Stop what prepares batches."""
         self._loader.close()
 
-    def _draw(self, key: str, b: int, q: int, arrays: Batch, scored: Scored) -> Picture:
+    def _marks(self, host: HostBatch) -> Marks:
+        """Of a share's rows."""
+        drawn, unusable = (np.zeros(len(host.keys), np.int32) for _ in range(2))
+        for row, key in enumerate(host.keys):
+            name, _, first = key.rpartition("#")
+            if first == "0" and name in self._drawn:
+                drawn[row] = 1 + self._drawn[name]
+        unusable[0] = len(host.skipped)
+        return Marks(drawn, unusable)
+
+    def _draw(self, shown: Shown) -> Picture:
         """Answer and target over the picture; beside it, where points were enabled, map and points."""
-        image = self._source[self._drawn[key]].load_image()
-        height, width = (int(n) for n in arrays.mask_size[b])
+        number = int(shown.drawn) - 1
+        image = self._source[number].load_image()
+        height, width = (int(n) for n in shown.mask_size)
         scale = np.array([width / image.shape[1], height / image.shape[0]], np.float32)
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-        mask = np.asarray(scored.masks[b, q])[:height, :width]
-        panels = [draw_comparison(image, mask, arrays.masks[b, q, :height, :width])]
+        mask, target = shown.masks[:height, :width], shown.targets[:height, :width]
+        panels = [draw_comparison(image, mask, target)]
         if self._packer.config.sasp.enabled:
-            points = np.asarray(scored.points[b, q]) * scale
-            labels, similarity = np.asarray(scored.labels[b, q]), np.asarray(scored.similarity[b, q])
-            panels.append(draw_similarity(image, similarity, points, labels))
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in key.removesuffix("#0"))
+            points = shown.points * scale
+            panels.append(draw_similarity(image, shown.similarity, points, shown.labels))
+        key = f"{self._source.name}:{self._source[number].key}"
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in key)
         return Picture(name, np.concatenate(panels, axis=1))
 
 

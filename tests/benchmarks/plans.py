@@ -23,12 +23,29 @@ GROWN = {  # READ-7B's step, with more of one thing or less
     "10 questions": ("v5e:4x4", 16, ["data.questions=10"]),
     "512 tokens": ("v5e:4x4", 16, ["data.tokens=512"]),
 }
+PIXELS = (512, 2048)  # of SAM's square, instead of 1024
+OTHER_PIXELS = """
+from ml_collections import ConfigDict
+from read_jax.config import ReadConfig
+from read_jax.training.config import recipe
+
+def get_config():
+    config = recipe({recipe!r})
+    model = ReadConfig.preset("sesame-7b")
+    model = model.replace(sam=model.sam.replace(image_size={pixels}))
+    with config.unlocked(), config.ignore_type():
+        config.start.model, config.start.scratch = "", ConfigDict(model.to_dict())
+    return config
+"""
 GROUPS = {"v5e:4x4": 4, "v6e:4x4": 4, "v5p:2x2x4": 1}  # chips that share the weights to answer
 GIB = 2**30
 
 
-def cases() -> dict[str, list[str]]:
-    """Options of `read-jax plan` by name; one picture per chip and update, in training."""
+def cases(folder: Path) -> dict[str, list[str]]:
+    """Options of `read-jax plan` by name; one picture per chip and update, in training.
+
+    folder: for recipes that the package does not have.
+    """
     found = {}
     for size, recipe in RECIPES.items():
         for machine, slices in MACHINES:
@@ -52,6 +69,13 @@ def cases() -> dict[str, list[str]]:
             *("train", "--config", RECIPES["7b"], "--topology", machine),
             *("--mesh", f"fsdp={chips}", "--batch", str(chips), "--config.step.micro_batches=1"),
             *(f"--config.{change}" for change in changes),
+        ]
+    for pixels in PIXELS:
+        recipe = folder / f"read_7b_{pixels}_pixels.py"
+        recipe.write_text(OTHER_PIXELS.format(recipe=RECIPES["7b"], pixels=pixels))
+        found[f"train 7b {pixels} pixels"] = [
+            *("train", "--config", str(recipe), "--topology", "v5e:4x4", "--mesh", "fsdp=16"),
+            *("--batch", "16", "--config.step.micro_batches=1"),
         ]
     for size, recipe in RECIPES.items():  # these need XLA's CUDA compiler, and say how to get it
         found[f"train {size} h100:8"] = [
@@ -103,7 +127,7 @@ def main() -> None:
     print("| plan | mesh | together | fits | peak of a chip | sent per chip | at least | compiled in |")
     print("|---|---|---|---|---|---:|---:|---:|")
     failed = []
-    for name, arguments in cases().items():
+    for name, arguments in cases(options.output).items():
         kept = options.output / f"{name.replace(' ', '_').replace(':', '-')}.json"
         if not kept.is_file() and not options.table and any(text in name for text in options.only):
             command = [sys.executable, "-m", "read_jax.cli", "plan", *arguments, "--json", str(kept)]

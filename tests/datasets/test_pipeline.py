@@ -215,10 +215,14 @@ def test_an_error_in_a_worker_arrives_with_its_message():
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_dies_is_told_and_the_loader_can_go_on(uninterrupted):
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_a_worker_that_dies_is_told_and_the_loader_can_go_on(uninterrupted, seconds):
     with loader(workers=1) as batches:
         assert_same(next(batches), uninterrupted[0])
         (worker,) = multiprocessing.active_children()
+        # as far ahead as it gets after a while, it must not be waiting in the midst of a message
+        time.sleep(seconds)
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(DataWorkerError, match="died before batch"):
             take(batches, 20)  # those on their way arrive first
