@@ -74,14 +74,16 @@ class Jobs:
             ),
         )
 
-    def evaluate(self, name, *options, processes=2):
+    def evaluate(self, name, *options, processes=2, devices=1):
         """The processes of an evaluation."""
         arguments = ["evaluate", str(BUNDLED_MODELS / "nano"), "--dataset", "scenes|val", *options]
         arguments += ["--output", str(self.folder / name)]
         words = [self.folder / f"{name}.{process}.stderr" for process in range(processes)]
         return self._start(
             processes,
-            lambda job: Command(arguments, words[job[2] if job else 0], self.folder / "cache", job=job),
+            lambda job: Command(
+                arguments, words[job[2] if job else 0], self.folder / "cache", devices=devices, job=job
+            ),
         )
 
     def _start(self, processes, make):
@@ -214,6 +216,16 @@ def test_an_evaluation_shared_by_two_gives_the_scores_and_texts_of_one(jobs, mod
     answers = sorted(shares[0] + shares[1], key=lambda record: record["index"])
     assert answers == sorted(lines(one / "answers-00000.jsonl")[1:], key=lambda record: record["index"])
     assert scores(one) == scores(two)
+
+
+@pytest.mark.slow
+def test_copies_of_a_model_that_devices_share_give_the_answers_of_one(jobs):
+    options = ("--limit", "5", "--mode", "generate", "--devices", "2")
+    finish(jobs.evaluate("copy", *options, "--copies", "1", processes=1, devices=2))
+    finish(jobs.evaluate("copies", *options, processes=1, devices=4))  # two, as many as there can be
+    copy, copies = (lines(jobs.folder / name / "answers-00000.jsonl") for name in ("copy", "copies"))
+    assert copies[0]["environment"]["copies_per_host"] == 2
+    assert copies[1:] == copy[1:]
 
 
 @pytest.mark.timeout(3 * PATIENCE)

@@ -64,8 +64,14 @@ def add_evaluate(commands: Any) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="devices that share the model, where one is too small for it; on several machines, of each "
-        "(default: %(default)s)",
+        help="devices that share a copy of the model, where one is too small for it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--copies",
+        type=int,
+        metavar="N",
+        help="of the model in each process, that answer about different pictures at a time (default: as many "
+        "as its devices are enough for)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
     parser.add_argument(
@@ -110,6 +116,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             images_per_batch=arguments.images_per_batch,
             devices=arguments.devices,
+            copies=arguments.copies,
             limit=arguments.limit,
             max_bad=arguments.max_bad,
             overwrite=arguments.overwrite,

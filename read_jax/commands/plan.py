@@ -32,7 +32,7 @@ def add_plan(commands: Any) -> None:
         choices=("train", "evaluate", "serve"),
         default="train",
         help="train (default): an update; evaluate: masks for given answers; serve: answers generated too. "
-        "The last two are of one process, whose chips share a model (--mesh tensor=N)",
+        "The last two are of one group of chips, which share a model (--mesh tensor=N)",
     )
     add_config(parser)
     parser.add_argument(

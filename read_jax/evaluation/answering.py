@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ Progress = Callable[[int, int, str], None]
 """Called with the pictures done and to do, and in words how many questions were answered."""
 
 
-_AHEAD = 2  # windows that are prepared ahead
+_AHEAD = 2  # windows that are prepared ahead, with one copy of the model
 
 
 class Settings(NamedTuple):
@@ -43,7 +44,7 @@ class Settings(NamedTuple):
 
 
 def answer(
-    segmenter: Segmenter,
+    segmenters: Sequence[Segmenter],
     source: Source,
     settings: Settings,
     windows: Iterable[Sequence[int]],
@@ -54,8 +55,9 @@ def answer(
 ) -> None:
     """Ask the questions of the pictures in `windows` that the journal misses, and write the answers into it.
 
-    A window with a missing picture goes through the model as a whole: another batch would differ in the last
-    bits. `check` is called with the new records whenever one is a failure, and may raise.
+    Copies of the model have a window each at a time; answers are written in the order of the windows. One
+    with a missing picture goes through the model as a whole: another batch would differ in the last bits.
+    `check` is called with the new records whenever one is a failure, and may raise.
     """
     windows = list(windows)
     total = sum(map(len, windows))
@@ -64,11 +66,11 @@ def answer(
     new: list[dict[str, Any]] = []
     if progress:
         progress(total - len(todo), total, "")
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=min(8 * len(segmenters), os.cpu_count() or 1))
     lock = threading.Lock()
 
     def prepare(index: int) -> _Ready | dict[str, Any]:
-        return _prepare(index, source, segmenter, settings, lock)
+        return _prepare(index, source, segmenters[0], settings, lock)
 
     def write(scored: list[Future[dict[str, Any]]]) -> None:
         nonlocal asked
@@ -85,10 +87,10 @@ def answer(
 
     try:
         waiting: list[Future[dict[str, Any]]] = []
-        for window in _ahead(pool, prepare, [w for w in windows if not todo.isdisjoint(w)]):
-            ready = [picture for picture in window if isinstance(picture, _Ready)]
-            results = iter(_ask(segmenter, settings, ready))
-            scored = []
+        coming = [window for window in windows if not todo.isdisjoint(window)]
+        prepared = _ahead(pool, prepare, coming, _AHEAD + len(segmenters) - 1)
+        for window, found in _asked(segmenters, settings, prepared):
+            results, scored = iter(found), []
             for picture in window:
                 if isinstance(picture, _Ready):
                     own = [next(results) for _ in picture.questions]
@@ -116,6 +118,43 @@ class _Ready(NamedTuple):
     image: PreparedImage
     questions: list[str]
     answers: list[str]
+
+
+def _asked(
+    segmenters: Sequence[Segmenter], settings: Settings, windows: Iterable[list[Any]]
+) -> Iterator[tuple[list[Any], list[Segmentation]]]:
+    """The windows in order, with the answers to all questions about their pictures."""
+
+    def ask(segmenter: Segmenter, window: list[Any]) -> list[Segmentation]:
+        return _ask(segmenter, settings, [picture for picture in window if isinstance(picture, _Ready)])
+
+    if len(segmenters) == 1:
+        yield from ((window, ask(segmenters[0], window)) for window in windows)
+        return
+    free: queue.SimpleQueue[Segmenter] = queue.SimpleQueue()
+    for segmenter in segmenters:
+        free.put(segmenter)
+
+    def ask_any(window: list[Any]) -> list[Segmentation]:
+        segmenter = free.get()
+        try:
+            return ask(segmenter, window)
+        finally:
+            free.put(segmenter)
+
+    pool = ThreadPoolExecutor(len(segmenters))
+    asked: deque[tuple[list[Any], Future[list[Segmentation]]]] = deque()
+    try:
+        for window in windows:
+            asked.append((window, pool.submit(ask_any, window)))
+            if len(asked) > len(segmenters):  # the next one waits for the first that is free
+                window, found = asked.popleft()
+                yield window, found.result()
+        while asked:
+            window, found = asked.popleft()
+            yield window, found.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ask(segmenter: Segmenter, settings: Settings, pictures: Sequence[_Ready]) -> list[Segmentation]:
@@ -209,13 +248,13 @@ def _failure(index: int, item: Item | None, error: Exception) -> dict[str, Any]:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[int], Any], windows: Iterable[Sequence[int]]
+    pool: ThreadPoolExecutor, prepare: Callable[[int], Any], windows: Iterable[Sequence[int]], ahead: int
 ) -> Iterator[list[Any]]:
-    """The windows in order, their pictures prepared in threads while earlier ones are used."""
+    """The windows in order, their pictures prepared in threads while earlier ones are used, so many ahead."""
     coming: deque[list[Future[Any]]] = deque()
     for window in windows:
         coming.append([pool.submit(prepare, index) for index in window])
-        if len(coming) > _AHEAD:
+        if len(coming) > ahead:
             yield [future.result() for future in coming.popleft()]
     while coming:
         yield [future.result() for future in coming.popleft()]

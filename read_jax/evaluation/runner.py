@@ -6,6 +6,7 @@ number of hosts, so that a resumed run ends with the same numbers to the last bi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +25,7 @@ from read_jax.evaluation.journal import Journal, read_records
 from read_jax.evaluation.report import MARKDOWN, PAGE, SUMMARY, write_report
 from read_jax.evaluation.summary import summarize
 from read_jax.inference.request import check_sampling
-from read_jax.inference.segmenter import default_images_per_batch, load
+from read_jax.inference.segmenter import default_images_per_batch, load_copies
 from read_jax.processes import check_shared, rank, wait_for_all
 from read_jax.text.conversation import get_template
 from read_jax.weights.checkpoint import load_record
@@ -60,6 +61,7 @@ def evaluate(
     dtype: str | None = None,
     images_per_batch: int | None = None,
     devices: int = 1,
+    copies: int | None = None,
     limit: int | None = None,
     overwrite: bool = False,
     max_bad: float = 0.01,
@@ -79,7 +81,9 @@ def evaluate(
         dtype: type to compute in; None: as stored.
         images_per_batch: pictures that go through the device together. A run that is continued with another
             number may differ in the last bits.
-        devices: of each process, that share the model; see `load`.
+        devices: of each process, that share a copy of the model.
+        copies: in each process, each on its own devices, that answer about different pictures at a time;
+            None: as many as the devices are enough for.
         limit: only the first so many pictures.
         overwrite: discard what an earlier run left in `output`.
         max_bad: the run fails when a larger share of the pictures cannot be read.
@@ -125,23 +129,26 @@ def evaluate(
         "model": Path(model_dir).resolve().name,
         "device": jax.devices()[0].device_kind,
         "hosts": hosts,
-        "devices_per_host": devices,
+        "devices_per_copy": devices,
+        "copies_per_host": copies or max(jax.local_device_count() // devices, 1),
         "images_per_batch": images_per_batch,
         "jax_version": importlib.metadata.version("jax"),
     }
     # a model that does not load must not cost the answers that are to be replaced
-    segmenter = load(model_dir, dtype=dtype, devices=devices) if overwrite else None
+    load = functools.partial(load_copies, model_dir, dtype=dtype, devices=devices, copies=copies)
+    segmenters = load() if overwrite else None
     with Journal(output, identity, environment, host=host, hosts=hosts, overwrite=overwrite) as journal:
         windows = _windows(total, images_per_batch)[host::hosts]
         if any(missing(window, journal) for window in windows):
             if host == 0:
                 for name in (SUMMARY, MARKDOWN, PAGE):  # of an earlier run; this one's come at the end
                     (output / name).unlink(missing_ok=True)
-            segmenter = segmenter or load(model_dir, dtype=dtype, devices=devices)
-            segmenter.images_per_batch = images_per_batch
-            segmenter.rows_per_batch = max(segmenter.rows_per_batch, images_per_batch)
+            segmenters = segmenters or load()
+            for segmenter in segmenters:
+                segmenter.images_per_batch = images_per_batch
+                segmenter.rows_per_batch = max(segmenter.rows_per_batch, images_per_batch)
             answer(
-                segmenter,
+                segmenters,
                 source,
                 settings,
                 windows,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from read_jax.config import ReadConfig
 from read_jax.errors import ConfigError
@@ -90,25 +90,60 @@ def load(model_dir: str | Path, *, dtype: str | None = None, devices: int = 1) -
         CheckpointError: the folder is missing, incomplete or corrupt.
         ConfigError: an unknown dtype, or the devices cannot share the model.
     """
+    return load_copies(model_dir, dtype=dtype, devices=devices, copies=1)[0]
+
+
+def load_copies(
+    model_dir: str | Path, *, dtype: str | None = None, devices: int = 1, copies: int | None = None
+) -> list[Segmenter]:
+    """A model several times, each on devices of its own, so that they can answer at once, in threads.
+
+    Args:
+        model_dir, dtype: as for `load`.
+        devices: that share each copy.
+        copies: None: as many as this process's devices are enough for.
+
+    Raises `CheckpointError` and `ConfigError` as `load`.
+    """
+    here = jax.local_devices()
+    if not 1 <= devices <= len(here):
+        raise ConfigError(f"this process has {len(here)} device(s); the model cannot be shared by {devices}.")
+    most = len(here) // devices
+    if copies is not None and not 1 <= copies <= most:
+        raise ConfigError(
+            f"this process has {len(here)} device(s), enough for {most} copies of the model on {devices} "
+            f"each, not for {copies}."
+        )
+    groups = [here[i * devices : (i + 1) * devices] for i in range(copies or most)]
     model_dir = model_folder(model_dir)
     config = load_config(model_dir)  # these two are quick to fail, so before the weights
     tokenizer = Tokenizer.load(model_dir / UPSTREAM)
-    model = load_model(model_dir, dtype=dtype, shardings=_places(config, devices))
+    model = load_model(model_dir, dtype=dtype, shardings=_places(config, groups[0]))
     graphdef, params = nnx.split(model)
-    return Segmenter(model.config, graphdef, params, tokenizer)
+    return [
+        Segmenter(model.config, graphdef, params if i == 0 else _copied(params, group), tokenizer)
+        for i, group in enumerate(groups)
+    ]
 
 
-def _places(config: ReadConfig, devices: int) -> dict[str, NamedSharding] | None:
+def _places(config: ReadConfig, devices: Sequence[Any]) -> dict[str, NamedSharding] | None:
     """Of the parameters, by path; None: all on the first device."""
-    if devices == 1:
+    if len(devices) == 1:
         return None
-    here = jax.local_devices()
-    if not 1 < devices <= len(here):
-        raise ConfigError(f"this process has {len(here)} device(s); the model cannot be shared by {devices}.")
-    mesh = make_mesh(MeshConfig(tensor=devices), here[:devices])
-    return parameter_shardings(
-        config, {path: leaf.shape for path, leaf in model_leaves(config).items()}, mesh
-    )
+    shapes = {path: leaf.shape for path, leaf in model_leaves(config).items()}
+    return parameter_shardings(config, shapes, _shared_by(devices))
+
+
+def _copied(params: Any, devices: Sequence[Any]) -> Any:
+    """The same parameters on other devices, shared by these as by those."""
+    if len(devices) == 1:
+        return jax.device_put(params, devices[0])
+    mesh = _shared_by(devices)
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), params)
+
+
+def _shared_by(devices: Sequence[Any]) -> Mesh:
+    return make_mesh(MeshConfig(tensor=len(devices)), devices)
 
 
 class Segmenter:

@@ -85,7 +85,7 @@ def inference_text(plan: InferencePlan) -> str:
     room = f", up to {load.new_tokens} new ones" if plan.mode == "serve" else ""
     lines = [
         f"fits: {'yes' if plan.fits else 'no'}",
-        f"machine      {plan.topology}: {shared}; each process has such a group",
+        f"machine      {plan.topology}: {shared}; each such group answers by itself",
         f"together     {load.pictures} pictures x {load.questions} questions x {load.tokens} tokens{room}",
         f"memory       {_gib(plan.peak)} of {_gib(chip.memory)} per chip at the peak, "
         f"{_gib(abs(spare))} {'to spare' if plan.fits else 'too much'}",

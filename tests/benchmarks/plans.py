@@ -25,6 +25,8 @@ GROWN = {  # READ-7B's step, with more of one thing or less
 }
 PIXELS = (512, 2048)  # of SAM's square, instead of 1024
 OTHER_PIXELS = """
+import dataclasses
+
 from ml_collections import ConfigDict
 from read_jax.config import ReadConfig
 from read_jax.training.config import recipe
@@ -32,7 +34,7 @@ from read_jax.training.config import recipe
 def get_config():
     config = recipe({recipe!r})
     model = ReadConfig.preset("sesame-7b")
-    model = model.replace(sam=model.sam.replace(image_size={pixels}))
+    model = model.replace(sam=dataclasses.replace(model.sam, image_size={pixels}))
     with config.unlocked(), config.ignore_type():
         config.start.model, config.start.scratch = "", ConfigDict(model.to_dict())
     return config

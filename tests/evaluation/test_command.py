@@ -41,7 +41,7 @@ def test_it_prints_the_numbers_leaves_a_report_and_compares(tiny_model, own, tmp
     summary = (first / "summary.json").read_bytes()
 
     monkeypatch.setattr(
-        "read_jax.evaluation.runner.load", lambda *_, **__: pytest.fail("the model was loaded")
+        "read_jax.evaluation.runner.load_copies", lambda *_, **__: pytest.fail("the model was loaded")
     )
     assert run(tiny_model, own, first) == 0  # finished already: reported again from the answers
     assert (first / "summary.json").read_bytes() == summary
@@ -56,7 +56,7 @@ def test_it_prints_the_numbers_leaves_a_report_and_compares(tiny_model, own, tmp
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(tiny_model, own, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "read_jax.evaluation.runner.load", lambda *_, **__: pytest.fail("the model was loaded")
+        "read_jax.evaluation.runner.load_copies", lambda *_, **__: pytest.fail("the model was loaded")
     )
     out = tmp_path / "out"
     cases = [

@@ -137,6 +137,25 @@ def test_the_conversation_of_the_originals_test_script_is_chosen_and_noted():
     assert runner.choose_settings("refcoco|val", None, "read", None, 512).conversation == "llava_v1"
 
 
+def test_copies_of_the_model_answer_at_once_and_the_answers_keep_their_order(run):
+    _, _, alone, _ = run(FakeSource(12), output="alone", images_per_batch=1)
+    copies = [FakeSegmenter(seconds=seconds) for seconds in (0.3, 0.05, 0.0)]
+    _, header, together, _ = run(FakeSource(12), copies, output="together", images_per_batch=1, copies=3)
+    assert together == alone
+    assert all(copy.calls for copy in copies) and sum(len(copy.calls) for copy in copies) == 12
+    assert header["environment"]["copies_per_host"] == 3
+
+
+def test_when_one_of_the_copies_fails_the_answers_before_it_are_kept(run, tmp_path):
+    copies = [FakeSegmenter(seconds=0.01), FakeSegmenter(stop_after=2, seconds=0.01)]
+    with pytest.raises(Interrupted):
+        run(FakeSource(12), copies, images_per_batch=1)
+    kept = [record["index"] for record in read_records(tmp_path / "out")[1]]
+    assert kept == list(range(len(kept))) and 0 < len(kept) < 12
+    _, _, records, _ = run(FakeSource(12), images_per_batch=1)
+    assert [record["index"] for record in records] == list(range(12))
+
+
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
     source = FakeSource(40)
     run(source, output="whole", images_per_batch=2)
