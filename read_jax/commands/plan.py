@@ -74,7 +74,12 @@ def add_plan(commands: Any) -> None:
         help="rank batch sizes (of --batch), meshes, parts of the batch and remat policies by our own count, "
         "and compile the best",
     )
-    parser.add_argument("--save", metavar="FILE", help="train: keep the executable")
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        help="train: keep the executable as PJRT serializes it, for these chips and this libtpu; what it "
+        "sends may then not be known",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures")
 
 

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from read_jax.errors import ConfigError
-from read_jax.models.kernels import CUDNN_CHANNELS, Packed, cudnn_attention, splash_attention
+from read_jax.models.kernels import Packed, cudnn_attention, cudnn_channels, splash_attention
 
 Array = jax.Array
 
 IMPLEMENTATIONS = ("auto", "plain", "splash", "splash-interpreted", "cudnn")
 """Values of READ_JAX_ATTENTION. auto: splash on TPUs, plain elsewhere; splash-interpreted: that kernel
-without a TPU, slowly; cudnn: NVIDIA's, in bfloat16, for LLaMA's packed sequences, not yet tried on a GPU."""
+without a TPU, slowly; cudnn: NVIDIA's, in bfloat16, not yet tried on a GPU, whose heads are wide enough for
+SAM's global layers from Hopper on."""
 
 SPLASH = {"splash": False, "splash-interpreted": True}
 """Those that are splash attention, and whether it is interpreted."""
@@ -60,8 +61,11 @@ def attention(
     Raises `ConfigError` when READ_JAX_ATTENTION names no implementation.
     """
     chosen = _implementation(q, WHOLE_FROM)
-    if chosen in SPLASH and mask is None and q.shape[1] == k.shape[1]:
+    whole = mask is None and q.shape[1] == k.shape[1]
+    if chosen in SPLASH and whole:
         return splash_attention(q, k, v, scale=scale, interpret=SPLASH[chosen])
+    if chosen == "cudnn" and whole and v.shape[-1] <= q.shape[-1] <= cudnn_channels():
+        return cudnn_attention(q, k, v, scale=scale)
     if mask is None and q.shape[1] * k.shape[1] >= BLOCKED_FROM and q.shape[1] % QUERY_BLOCK == 0:
         blocked, plain = (functools.partial(f, scale=scale) for f in (_blocked, _plain))
         return jax.lax.platform_dependent(q, k, v, cpu=blocked, default=plain)
@@ -84,7 +88,7 @@ def packed_attention(q: Array, k: Array, v: Array, layout: Packed) -> Array:
     chosen = _implementation(q, KERNEL_FROM)
     if chosen in SPLASH:
         return splash_attention(q, k, v, layout=layout, shared_heads=True, interpret=SPLASH[chosen])
-    if chosen == "cudnn" and q.shape[-1] <= CUDNN_CHANNELS:
+    if chosen == "cudnn" and q.shape[-1] <= cudnn_channels():
         return cudnn_attention(q, k, v, layout)
     first, rows = layout.prefix, (layout.questions, layout.length)
 

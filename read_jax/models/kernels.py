@@ -21,8 +21,8 @@ Array = jax.Array
 LANES = 128
 """Of a TPU's registers: channels and tokens come in multiples of it."""
 
-CUDNN_CHANNELS = 128
-"""The most of a head that cuDNN takes on every GPU."""
+_EIGHT = 8
+"""Channels of a head come in multiples of it, to cuDNN."""
 
 BLOCKS = (512, 384, 256)
 """Tokens of a block, best first: smaller ones leave the matrix units waiting."""
@@ -106,18 +106,38 @@ def splash_attention(
     return own(q, k, v)
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, layout: Packed) -> Array:
+def cudnn_channels() -> int:
+    """The most channels of a head that cuDNN takes on this process's GPUs: twice as many from Hopper on."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
+    return 256 if int(capability.partition(".")[0]) >= 9 else 128
+
+
+def cudnn_attention(
+    q: Array, k: Array, v: Array, layout: Packed | None = None, *, scale: float | None = None
+) -> Array:
     """Self-attention by cuDNN's kernel, which the compiler divides among devices itself.
 
-    q: [B, N, H, K]; k, v: [B, N, G, K]; bfloat16 or float16, K at most `CUDNN_CHANNELS`.
+    q: [B, N, H, K]; k: [B, N, G, K]; v: [B, N, G, V], V at most K; bfloat16 or float16, K at most
+    `cudnn_channels`. layout: which tokens see which; None: all see all. scale: on the scores, K ** -0.5 when
+    None.
 
-    Returns [B, N, H, K].
+    Returns [B, N, H, V].
     """
-    tokens = q.shape[1]
-    size = -(-tokens // LANES) * LANES  # with a mask it trains on even lengths alone
-    q, k, v = (jnp.pad(x, ((0, 0), (0, size - tokens), (0, 0), (0, 0))) for x in (q, k, v))
-    mask = jnp.asarray(layout.visible(size)[None, None])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :tokens]
+    tokens, channels = q.shape[1], q.shape[3]
+    # with a mask it trains on even lengths alone
+    size = -(-tokens // LANES) * LANES if layout else tokens
+    width = -(-channels // _EIGHT) * _EIGHT
+
+    def filled(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, size - tokens), (0, 0), (0, width - x.shape[3])))
+
+    out = jax.nn.dot_product_attention(
+        *(filled(x) for x in (q, k, v)),
+        mask=jnp.asarray(layout.visible(size)[None, None]) if layout else None,
+        scale=channels**-0.5 if scale is None else scale,
+        implementation="cudnn",
+    )
+    return out[:, :tokens, :, : v.shape[3]]
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,7 +1,7 @@
 """`plan_inference`: what answering questions will need on chips that are not there.
 
-A group of chips that share the model answers by itself (`--devices` of segment and evaluate). Its programs are
-compiled in their order, each over what the one before it leaves on the chips.
+A group of chips that share the model answers by itself (`--devices` of segment and evaluate). Its programs
+are compiled in their order, each over what the one before it leaves on the chips.
 """
 
 from __future__ import annotations

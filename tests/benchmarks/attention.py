@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from read_jax.models import attention as door
-from read_jax.models.kernels import Packed
+from read_jax.models.kernels import Packed, cudnn_channels
 from read_jax.training.flops import peak
 
 OF_PLATFORM = {"tpu": ("plain", "splash"), "gpu": ("plain", "cudnn"), "cpu": ("plain",)}
@@ -57,7 +57,8 @@ class Case(NamedTuple):
         if implementation == "plain":
             return True
         least = door.KERNEL_FROM if self.layout else door.WHOLE_FROM
-        return self.tokens >= least and (implementation in door.SPLASH or self.layout is not None)
+        fits = implementation in door.SPLASH or self.size <= cudnn_channels()
+        return self.tokens >= least and fits
 
     def operations(self) -> float:
         """Of a picture's values."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -180,20 +181,41 @@ def test_splash_attention_equals_the_plain_one_at_full_length(monkeypatch, layou
     )
 
 
-@pytest.mark.parametrize("layout", [Packed(150, 3, 40), Packed(256)], ids=["filled", "prefix-alone"])
-def test_cudnn_is_asked_for_what_the_plain_one_computes(monkeypatch, layout):
-    """Its mask, scale and filling, with XLA's own attention in cuDNN's place, which needs a GPU."""
-    asked, attend = [], jax.nn.dot_product_attention
+@pytest.fixture
+def asked(monkeypatch):
+    """(implementation, shape of the queries) of every call; XLA's attention stands in for cuDNN's, which
+    needs a GPU."""
+    seen, attend = [], jax.nn.dot_product_attention
 
     def instead(*operands, implementation, **others):
-        asked.append((implementation, operands[0].shape[1]))
+        seen.append((implementation, operands[0].shape))
         return attend(*operands, implementation="xla", **others)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    return seen
+
+
+@pytest.mark.parametrize("layout", [Packed(150, 3, 40), Packed(256)], ids=["filled", "prefix-alone"])
+def test_cudnn_is_asked_for_what_the_plain_one_computes(layout, asked):
+    """Its mask, scale and filling."""
     compare(
         lambda *a: cudnn_attention(*a, layout),
         lambda *a: packed_attention(*a, layout),
         *draw(layout.tokens, 4, 2, 32, 32),
     )
     assert {name for name, _ in asked} == {"cudnn"}
-    assert all(size % LANES == 0 for _, size in asked)  # it trains on even lengths alone
+    assert all(shape[1] % LANES == 0 for _, shape in asked)  # it trains on even lengths alone
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [("9.0", True), ("8.0", False)], ids=["Hopper", "Ampere"])
+def test_heads_with_sams_bias_in_them_go_to_cudnn_where_it_takes_so_wide_ones(
+    monkeypatch, capability, kernel, asked
+):
+    gpu = types.SimpleNamespace(compute_capability=capability, platform="gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda *_: [gpu])
+    q, k, v, _ = draw(1024, 2, 2, 80 + 2 * 63, 80, batch=1)  # 206 channels, no multiple of eight
+    monkeypatch.setenv("READ_JAX_ATTENTION", "plain")
+    plain = attention(q, k, v, scale=0.1)
+    monkeypatch.setenv("READ_JAX_ATTENTION", "cudnn")
+    np.testing.assert_allclose(attention(q, k, v, scale=0.1), plain, rtol=1e-5, atol=1e-5)
+    assert asked == ([("cudnn", (1, 1024, 2, 208))] if kernel else [])
