@@ -54,7 +54,7 @@ def test_a_batch_is_cut_into_parts_that_the_mesh_can_share(options, pictures, pa
 
 def test_without_a_mesh_one_is_suggested(compiled, capsys):
     with pytest.raises(Compiled):
-        run("--batch", "32")
+        run("--batch", "16")
     ((_, mesh),) = compiled
     assert mesh.data * mesh.fsdp * mesh.tensor == 16 and mesh.fsdp * mesh.tensor > 1  # 7B on one does not fit
     assert f"this one suits: data={mesh.data},fsdp={mesh.fsdp}" in capsys.readouterr().err
@@ -62,9 +62,9 @@ def test_without_a_mesh_one_is_suggested(compiled, capsys):
 
 def test_a_search_compiles_the_best_of_the_batches_it_is_given(compiled, capsys):
     with pytest.raises(Compiled):
-        run("--search", "--batch", "1,64")  # one picture cannot be shared, but by tensor
+        run("--search", "--batch", "1,16")  # sixteen chips cannot share one picture
     ((config, mesh),) = compiled
-    assert config.data.global_batch == 64 and mesh.data * mesh.fsdp * mesh.tensor == 16
+    assert config.data.global_batch == 16 and mesh.data * mesh.fsdp * mesh.tensor == 16
     assert "pictures/s" in capsys.readouterr().out
 
 
