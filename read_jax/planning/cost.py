@@ -55,8 +55,25 @@ class _Sizes:
     kernels: bool  # whether scores of long sequences stay on the chip
 
 
-def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True) -> Cost:
-    """One update of a run on a mesh; kernels: TPUs', which keep scores of long sequences on the chip."""
+class Held(NamedTuple):
+    """Bytes on a device that neither the batch nor what is recomputed changes. state: trained parameters,
+    their moments and averages; frozen: the other parameters."""
+
+    state: float
+    frozen: float
+
+
+def held(setup: Setup, mesh: Mesh) -> Held:
+    """Of a run on a mesh."""
+    return Held(*(bytes_per_device(x) for x in (abstract_state(setup, mesh), placed(setup.frozen, mesh))))
+
+
+def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True, on_device: Held | None = None) -> Cost:
+    """One update of a run on a mesh.
+
+    kernels: TPUs', which keep scores of long sequences on the chip. on_device: what `held` says of the two,
+    where it is known already.
+    """
     config, model = setup.config, setup.model
     data, llama = config.data, model.llama
     abreast, tensor = batch_devices(mesh), mesh.shape[TENSOR]
@@ -82,7 +99,7 @@ def train_cost(setup: Setup, mesh: Mesh, *, kernels: bool = True) -> Cost:
         }
     done = useful / (abreast * tensor) + again[config.step.remat]
     done += (1 - 1 / tensor) * _unshared(config, model) / abreast
-    state, frozen = (bytes_per_device(x) for x in (abstract_state(setup, mesh), placed(setup.frozen, mesh)))
+    state, frozen = on_device or held(setup, mesh)
     moved = config.step.micro_batches * _bytes_of_part(config, model, sizes, mesh)
     # of the update: parameters, gradients and moments, each read and written
     return Cost(

@@ -20,7 +20,7 @@ from read_jax.planning.compiler import (
     serialize_compiled,
     traffic_of,
 )
-from read_jax.planning.cost import Cost, train_cost
+from read_jax.planning.cost import Cost, Held, held, train_cost
 from read_jax.planning.hlo import Traffic
 from read_jax.planning.programs import Setup, check_mesh, prefix_length, train_program
 from read_jax.sharding import MeshConfig, batch_devices, make_mesh
@@ -197,9 +197,10 @@ def search(setup: Setup, topology: str, slices: int = 1, batches: Sequence[int] 
     """
     found: list[Candidate] = []
     refused = None
+    known: dict[MeshConfig, Held] = {}
     for pictures in batches or (setup.config.data.global_batch,):
         try:
-            found += _ways(setup.with_batch(pictures), topology, slices)
+            found += _ways(setup.with_batch(pictures), topology, slices, known)
         except ConfigError as error:
             refused = error
     if refused and not found:
@@ -214,8 +215,8 @@ def search(setup: Setup, topology: str, slices: int = 1, batches: Sequence[int] 
     return sorted(found, key=rank)
 
 
-def _ways(setup: Setup, topology: str, slices: int) -> list[Candidate]:
-    """Candidates of a `search` for one size of the batch."""
+def _ways(setup: Setup, topology: str, slices: int, known: dict[MeshConfig, Held]) -> list[Candidate]:
+    """Candidates of a `search` for one size of the batch; known: what each mesh holds, filled in here."""
     chip, _ = parse_topology(topology)
     devices = len(topology_devices(topology, slices)) // slices
     pictures = setup.config.data.global_batch
@@ -230,11 +231,14 @@ def _ways(setup: Setup, topology: str, slices: int) -> list[Candidate]:
             except ConfigError as error:
                 refused = error
                 continue
+            if mesh not in known:
+                known[mesh] = held(setup, placed)
             per_device = pictures // (devices * slices // tensor)
             for parts in _divisors(per_device):
                 for remat in (True, "dots", False):
                     parted = setup.with_step(micro_batches=parts, remat=remat)
-                    cost = train_cost(parted, placed, kernels=chip.generation is None)
+                    kernels = chip.generation is None
+                    cost = train_cost(parted, placed, kernels=kernels, on_device=known[mesh])
                     found.append(Candidate(pictures, mesh, parts, remat, cost, chip))
     if refused and not found:
         raise refused
