@@ -128,7 +128,7 @@ def _asked(
     def ask(segmenter: Segmenter, window: list[Any]) -> list[Segmentation]:
         return _ask(segmenter, settings, [picture for picture in window if isinstance(picture, _Ready)])
 
-    if len(segmenters) == 1:
+    if len(segmenters) == 1:  # in this thread, which Ctrl-C ends between two programs
         yield from ((window, ask(segmenters[0], window)) for window in windows)
         return
     free: queue.SimpleQueue[Segmenter] = queue.SimpleQueue()

@@ -25,7 +25,7 @@ from read_jax.evaluation.journal import Journal, read_records
 from read_jax.evaluation.report import MARKDOWN, PAGE, SUMMARY, write_report
 from read_jax.evaluation.summary import summarize
 from read_jax.inference.request import check_sampling
-from read_jax.inference.segmenter import default_images_per_batch, load_copies
+from read_jax.inference.segmenter import default_images_per_batch, device_groups, load_copies
 from read_jax.processes import check_shared, rank, wait_for_all
 from read_jax.text.conversation import get_template
 from read_jax.weights.checkpoint import load_record
@@ -130,7 +130,7 @@ def evaluate(
         "device": jax.devices()[0].device_kind,
         "hosts": hosts,
         "devices_per_copy": devices,
-        "copies_per_host": copies or max(jax.local_device_count() // devices, 1),
+        "copies_per_host": len(device_groups(devices, copies)),
         "images_per_batch": images_per_batch,
         "jax_version": importlib.metadata.version("jax"),
     }

@@ -105,16 +105,7 @@ def load_copies(
 
     Raises `CheckpointError` and `ConfigError` as `load`.
     """
-    here = jax.local_devices()
-    if not 1 <= devices <= len(here):
-        raise ConfigError(f"this process has {len(here)} device(s); the model cannot be shared by {devices}.")
-    most = len(here) // devices
-    if copies is not None and not 1 <= copies <= most:
-        raise ConfigError(
-            f"this process has {len(here)} device(s), enough for {most} copies of the model on {devices} "
-            f"each, not for {copies}."
-        )
-    groups = [here[i * devices : (i + 1) * devices] for i in range(copies or most)]
+    groups = device_groups(devices, copies)
     model_dir = model_folder(model_dir)
     config = load_config(model_dir)  # these two are quick to fail, so before the weights
     tokenizer = Tokenizer.load(model_dir / UPSTREAM)
@@ -124,6 +115,21 @@ def load_copies(
         Segmenter(model.config, graphdef, params if i == 0 else _copied(params, group), tokenizer)
         for i, group in enumerate(groups)
     ]
+
+
+def device_groups(devices: int, copies: int | None = None) -> list[list[Any]]:
+    """This process's devices for so many copies of a model, as for `load_copies`; raises `ConfigError`."""
+    here = jax.local_devices()
+    if not 1 <= devices <= len(here):
+        raise ConfigError(f"this process has {len(here)} device(s); the model cannot be shared by {devices}.")
+    most = len(here) // devices
+    if copies is not None and not 1 <= copies <= most:
+        raise ConfigError(
+            f"this process has {len(here)} device(s), enough for {most} copies of the model on {devices} "
+            f"each, not for {copies}."
+        )
+    count = most if copies is None else copies
+    return [here[i * devices : (i + 1) * devices] for i in range(count)]
 
 
 def _places(config: ReadConfig, devices: Sequence[Any]) -> dict[str, NamedSharding] | None:

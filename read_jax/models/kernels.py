@@ -21,8 +21,8 @@ Array = jax.Array
 LANES = 128
 """Of a TPU's registers: channels and tokens come in multiples of it."""
 
-_EIGHT = 8
-"""Channels of a head come in multiples of it, to cuDNN."""
+_CUDNN_STEP = 8
+"""cuDNN takes heads whose channels are a multiple of it."""
 
 BLOCKS = (512, 384, 256)
 """Tokens of a block, best first: smaller ones leave the matrix units waiting."""
@@ -126,7 +126,7 @@ def cudnn_attention(
     tokens, channels = q.shape[1], q.shape[3]
     # with a mask it trains on even lengths alone
     size = -(-tokens // LANES) * LANES if layout else tokens
-    width = -(-channels // _EIGHT) * _EIGHT
+    width = -(-channels // _CUDNN_STEP) * _CUDNN_STEP
 
     def filled(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, size - tokens), (0, 0), (0, width - x.shape[3])))

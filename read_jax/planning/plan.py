@@ -20,7 +20,7 @@ from read_jax.planning.compiler import (
     serialize_compiled,
     traffic_of,
 )
-from read_jax.planning.cost import Cost, Held, held, train_cost
+from read_jax.planning.cost import Cost, held, train_cost
 from read_jax.planning.hlo import Traffic
 from read_jax.planning.programs import Setup, check_mesh, prefix_length, train_program
 from read_jax.sharding import MeshConfig, batch_devices, make_mesh
@@ -195,14 +195,17 @@ def search(setup: Setup, topology: str, slices: int = 1, batches: Sequence[int] 
 
     Raises `ConfigError` when no mesh of these devices can share any of the batches.
     """
+    chip, _ = parse_topology(topology)
+    devices = len(topology_devices(topology, slices)) // slices
     found: list[Candidate] = []
     refused = None
-    known: dict[MeshConfig, Held] = {}
-    for pictures in batches or (setup.config.data.global_batch,):
-        try:
-            found += _ways(setup.with_batch(pictures), topology, slices, known)
-        except ConfigError as error:
-            refused = error
+    for tensor in (size for size in (1, 2, 4, 8) if devices % size == 0):
+        for fsdp in _divisors(devices // tensor):
+            mesh = MeshConfig(devices // tensor // fsdp, fsdp, tensor, slices)
+            try:
+                found += _ways(setup, mesh, mesh_of(topology, mesh), batches, chip)
+            except ConfigError as error:
+                refused = error
     if refused and not found:
         raise refused
     best = max((c.rate for c in found if c.fits), default=1.0)
@@ -215,31 +218,25 @@ def search(setup: Setup, topology: str, slices: int = 1, batches: Sequence[int] 
     return sorted(found, key=rank)
 
 
-def _ways(setup: Setup, topology: str, slices: int, known: dict[MeshConfig, Held]) -> list[Candidate]:
-    """Candidates of a `search` for one size of the batch; known: what each mesh holds, filled in here."""
-    chip, _ = parse_topology(topology)
-    devices = len(topology_devices(topology, slices)) // slices
-    pictures = setup.config.data.global_batch
+def _ways(
+    setup: Setup, mesh: MeshConfig, placed: Mesh, batches: Sequence[int], chip: Chip
+) -> list[Candidate]:
+    """Candidates of a `search` on one mesh; raises `ConfigError` when it can share none of the batches."""
     found: list[Candidate] = []
-    refused = None
-    for tensor in (size for size in (1, 2, 4, 8) if devices % size == 0):
-        for fsdp in _divisors(devices // tensor):
-            mesh = MeshConfig(devices // tensor // fsdp, fsdp, tensor, slices)
-            try:
-                placed = mesh_of(topology, mesh)
-                check_mesh(setup.with_step(micro_batches=1), placed)
-            except ConfigError as error:
-                refused = error
-                continue
-            if mesh not in known:
-                known[mesh] = held(setup, placed)
-            per_device = pictures // (devices * slices // tensor)
-            for parts in _divisors(per_device):
-                for remat in (True, "dots", False):
-                    parted = setup.with_step(micro_batches=parts, remat=remat)
-                    kernels = chip.generation is None
-                    cost = train_cost(parted, placed, kernels=kernels, on_device=known[mesh])
-                    found.append(Candidate(pictures, mesh, parts, remat, cost, chip))
+    refused = on_device = None
+    for pictures in batches or (setup.config.data.global_batch,):
+        sized = setup.with_batch(pictures)
+        try:
+            check_mesh(sized, placed)
+        except ConfigError as error:
+            refused = error
+            continue
+        on_device = on_device or held(setup, placed)
+        for parts in _divisors(pictures // batch_devices(placed)):
+            for remat in (True, "dots", False):
+                cut = sized.with_step(micro_batches=parts, remat=remat)
+                cost = train_cost(cut, placed, kernels=chip.generation is None, on_device=on_device)
+                found.append(Candidate(pictures, mesh, parts, remat, cost, chip))
     if refused and not found:
         raise refused
     return found

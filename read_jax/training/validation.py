@@ -44,7 +44,7 @@ class Marks(NamedTuple):
     """What is known of a batch's B rows beside its arrays.
 
     drawn: int32 [B], 1 + the number in the source of a picture to draw, 0 for others. unusable: int32 [B],
-    pictures that left a row empty.
+    pictures that could not be used, each process's in the first of its rows.
     """
 
     drawn: Array
@@ -215,8 +215,10 @@ class Validator:
         metrics = SegmentationMetrics()
         texts, tokens, begun, answers, unusable, pictures = 0.0, 0, 0, 0, 0, []
         self._loader.restore(self._start)
-        shown = None if is_first() else True  # on a terminal
-        bar = tqdm(self._loader, "validating", len(self._loader), leave=False, file=sys.stderr, disable=shown)
+        hidden = None if is_first() else True  # None: shown on a terminal
+        bar = tqdm(
+            self._loader, "validating", len(self._loader), leave=False, file=sys.stderr, disable=hidden
+        )
         for host in bar:
             if stop():
                 bar.close()

@@ -115,7 +115,7 @@ def evaluate(source, segmenter, output, dataset=None, **options):
     """`runner.evaluate` of a fake model, or of several copies, on a fake source."""
     copies = segmenter if isinstance(segmenter, list) else [segmenter]
     record = SimpleNamespace(fingerprint="f00", dtype="float32")
-    fakes = {"load_source": source, "load_record": record, "load_copies": copies}
+    fakes = {"load_source": source, "load_record": record, "load_copies": copies, "device_groups": copies}
     with contextlib.ExitStack() as stack:
         for name, value in fakes.items():
             stack.enter_context(mock.patch.object(runner, name, return_value=value))

@@ -32,6 +32,24 @@ def run(model, dataset, output, *more):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--devices", "0"), "the model cannot be shared by 0"),
+        (("--copies", "0"), "not for 0"),
+        (("--copies", "99"), "copies of the model on 1 each, not for 99"),
+    ],
+    ids=str,
+)
+def test_copies_that_the_devices_are_not_enough_for_are_refused_before_anything_is_written(
+    options, words, tmp_path, capsys
+):
+    command = ["evaluate", "nano", "--dataset", "scenes|val", "--output", str(tmp_path / "out"), *options]
+    assert cli.main(command) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out" / "answers-00000.jsonl").exists()
+
+
 def test_it_prints_the_numbers_leaves_a_report_and_compares(tiny_model, own, tmp_path, capsys, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(tiny_model, own, first) == 0
