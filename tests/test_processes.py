@@ -34,8 +34,8 @@ WITHOUT_MASKS = ("losses.bce=0.0", "losses.dice=0.0")  # most of what there is t
 VALIDATED = (
     "validation.dataset=scenes|val",
     f"validation.every={EVERY}",
-    "validation.limit=12",  # two batches, the second of which is not full
-    "validation.pictures=6",  # the last two of them the second process's
+    "validation.limit=11",
+    "validation.pictures=6",  # three of them are prepared by the second process
 )
 MINUTE = 60
 
@@ -156,7 +156,7 @@ def test_masks_and_all_two_processes_train_as_one(jobs):
     assert_like_one_process(jobs.folder / "two-whole", jobs.folder / "one-whole")
     drawn = {run: sorted((jobs.folder / run).glob("pictures/**/*.png")) for run in ("one-whole", "two-whole")}
     ours, theirs = ([np.asarray(Image.open(path), np.float32) for path in paths] for paths in drawn.values())
-    assert len(ours) == len(theirs) > 0
+    assert len(ours) == len(theirs) == 6 * UPDATES // EVERY
     assert [path.name for path in drawn["one-whole"]] == [path.name for path in drawn["two-whole"]]
     for picture, wanted in zip(ours, theirs, strict=True):
         assert np.mean(picture != wanted) < 0.01  # here and there a pixel at the edge of a mask
